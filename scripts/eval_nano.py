@@ -191,17 +191,27 @@ def table(scores: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
+def write_table(path: Path, lines: str) -> None:
+    """Put the table between the file's two marks."""
+    begin, end = "<!-- scores: begin -->", "<!-- scores: end -->"
+    head, found, rest = path.read_text().partition(begin)
+    if not found or end not in rest:
+        raise SystemExit(f"{path}: lacks the marks {begin} and {end}")
+    path.write_text(f"{head}{begin}\n{lines}\n{end}{rest.partition(end)[2]}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("models", nargs="+", metavar="NAME=PATH")
     add("--data", type=Path, required=True, help="folder with tokenizer.json and heldout.npz")
     add("--out", type=Path, help="JSON file for the results")
+    add("--table", type=Path, help="Markdown file whose table of scores is rewritten")
     add("--dtype", default="float32")
     add("--length", type=int, default=1024, help="tokens of context in the text measure")
     add("--windows", type=int, default=100, help="windows of text, over all kinds")
     add("--batch", type=int, default=4)
-    add("--needles", type=int, default=24, help="documents of each length")
+    add("--needles", type=int, default=12, help="documents of each length")
     add("--prompt", default=PROMPT)
     add("--sample", type=int, default=120, help="tokens of the sample")
     args = parser.parse_args()
@@ -219,6 +229,8 @@ def main() -> None:
             print(f"\n{name}: {s['sample']}")
     if args.out:
         args.out.write_text(json.dumps(scores, indent=1) + "\n")
+    if args.table:
+        write_table(args.table, table(scores))
 
 
 if __name__ == "__main__":

@@ -440,7 +440,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     evaluator = Evaluator(eval_program.result(), heldout, tokenizer, args)
     tokens_seen = step * args.tokens_per_step
     at, stats, dispatch_seconds, last_eval, last_save = 0, None, 1.0, elapsed(), elapsed()
-    compiled, pending, result = first, None, {}
+    compiled, pending, result, next_encoding = first, None, {}, 0
     marks = [elapsed(), step]
 
     def report(metrics, step_then: int, tokens_then: int, phase_at: int) -> None:
@@ -494,8 +494,16 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
             if stats is None:
                 stats = statistics(state)
                 say(f"step {step}: experts through {sorted(set(net.EXPERT_FORMATS.values()))} from here")
-            if (step // args.dispatch) % max(1, args.qat_every // args.dispatch) == 0:
-                state["delta"] = encode(state)
+            if step >= next_encoding:
+                jax.block_until_ready(state["step"])
+                clock = elapsed()
+                state["delta"] = jax.block_until_ready(encode(state))
+                # at most a tenth of the time goes into encoding
+                per_step = dispatch_seconds / args.dispatch
+                pause = max(args.qat_every, 0 if args.steps else math.ceil((elapsed() - clock) / (0.1 * per_step)))
+                if next_encoding == 0:
+                    say(f"encoding takes {elapsed() - clock:.2f} s, every {pause} steps")
+                next_encoding = step + pause
         ahead = (step + args.dispatch) / args.steps if args.steps else progress(dispatch_seconds)
         lr, lr_end = rate(here, step, args), rate(ahead, step + args.dispatch, args)
         gamma = args.bias_rate * min(1.0, 2 * lr / args.lr)
@@ -529,6 +537,9 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     evals.file.close()
     plot(out / "log.csv", out / "eval.csv", out / "loss.svg")
     pool.shutdown(wait=True, cancel_futures=True)
+    peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    if peak:
+        say(f"at most {peak / 2**30:.1f} GiB of device memory in use")
     say("done" if done else "left early; go on with --resume")
     return result
 
@@ -550,7 +561,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--phases", default="1024:dense:0.45,2048:sparse:0.35,4096:sparse:0.2", help="length:dense|sparse:share,…")
     add("--tokens-per-step", type=int, default=32768)
     add("--dispatch", type=int, default=10, help="steps per dispatch")
-    add("--lr", type=float, default=4e-3)
+    add("--lr", type=float, default=6e-3)
     add("--adam-lr", type=float, default=0.5, help="Adam's learning rate as a share of --lr")
     add("--no-muon", action="store_true", help="Adam for everything")
     add("--warmup", type=int, default=200, help="steps")
