@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 import os
 import secrets
 import sys
@@ -16,13 +17,15 @@ import numpy as np
 from flax import nnx
 
 from ds4jax import chat, runtime, weights
+from ds4jax.chat.tokenizer import THINK_OPEN
 from ds4jax.errors import DS4Error
 from ds4jax.model import Config, Transformer, init_cache
 from ds4jax.runtime import memory
-from ds4jax.runtime.programs import chunk_length
+from ds4jax.runtime.programs import MAX_TOP, chunk_length
 
 NANO = Path(__file__).parent / "assets" / "nano.gguf"
 MAX_SLOTS = 64
+BAR_BYTES = 1 << 28  # a file that takes this long to load gets a progress bar
 
 Messages = Sequence[Mapping[str, Any]]
 Prompt = str | Sequence[int] | Messages
@@ -109,12 +112,19 @@ def load(
     Raises:
       DS4Error: the file is damaged, foreign or incomplete, or it does not fit the device's memory.
     """
+    if context is not None and (isinstance(context, bool) or not isinstance(context, int | np.integer)):
+        raise DS4Error(f"context {context!r}: must be a whole number of tokens")
     runtime.use_compilation_cache()
     platform = runtime.choose(device=device, dtype=dtype, kernels=kernels)
     if verbose:
         print(f"ds4jax: {platform}", file=sys.stderr)
     if str(path) == "nano":
         path = NANO
+        if not path.exists():
+            raise DS4Error(
+                "the model nano is missing from this installation: install ds4jax again, or make it with "
+                "scripts/train_nano.py"
+            )
     with weights.open_checkpoint(path, mtp=mtp) as ckpt:
         config = ckpt.config
         limit = config.max_position_embeddings
@@ -123,19 +133,26 @@ def load(
         context = context or min(8192, limit)
         memory.check_fits(config, ckpt.nbytes, platform.memory, slots=1, context=context, dtype=platform.dtype)
         tokenizer = _tokenizer(ckpt)
-        arrays = weights.load_arrays(ckpt, platform.device, progress=progress)
+        bar = ckpt.nbytes > BAR_BYTES if progress is None else progress  # a bar shows on terminals only
+        arrays = weights.load_arrays(ckpt, platform.device, progress=bar)
         size = ckpt.nbytes
     graphdef, state = runtime.build_model(config, arrays, dtype=platform.dtype, cache_quant=cache_quant)
     return LM(config, graphdef, state, tokenizer, platform=platform, context=context, weights_nbytes=size)
 
 
 def _tokenizer(ckpt: weights.Checkpoint) -> chat.Tokenizer | None:
-    source = ckpt.tokenizer_source
-    if source is None:
+    source, vocab = ckpt.tokenizer_source, ckpt.config.vocab_size
+    if source is None or isinstance(source, Mapping) and "tokenizer.ggml.model" not in source:
         return None
-    if isinstance(source, Mapping):
-        return chat.Tokenizer.from_gguf(source, str(ckpt.path))
-    return chat.Tokenizer.from_json(source, ckpt.config.vocab_size)
+    if not isinstance(source, Mapping):
+        return chat.Tokenizer.from_json(source, vocab)
+    tokenizer = chat.Tokenizer.from_gguf(source, str(ckpt.path))
+    if len(tokenizer) > vocab:
+        raise DS4Error(
+            f"{ckpt.path}: the tokenizer has {len(tokenizer)} tokens and token_embd.weight {vocab} rows; convert the "
+            "model again with its own tokenizer"
+        )
+    return tokenizer
 
 
 class LM:
@@ -154,9 +171,13 @@ class LM:
     ):  # fmt: skip
         self.config, self.tokenizer, self.platform, self.context = config, tokenizer, platform, context
         self.weights_nbytes = weights_nbytes
-        self.programs = runtime.Programs(graphdef, state)
+        unused = set()
+        if tokenizer is not None:  # padding of the vocabulary has no text
+            unused = tokenizer.unused_ids | set(range(len(tokenizer), config.vocab_size))
+        self.programs = runtime.Programs(graphdef, state, unused)
         self._engine: runtime.Engine | None = None
         self._engine_wanted = 0
+        self._run_number = 0  # of the latest generation
 
     @property
     def model(self) -> Transformer:
@@ -181,7 +202,10 @@ class LM:
         Raises:
           DS4Error: no tokens, ids outside the vocabulary, or more tokens than the context.
         """
-        rows = np.asarray(tokens)
+        try:
+            rows = np.asarray(tokens)
+        except ValueError:
+            raise DS4Error("tokens must be integers shaped [T] or [B, T]; these rows have different lengths") from None
         if rows.ndim not in (1, 2) or not rows.size or not np.issubdtype(rows.dtype, np.integer):
             raise DS4Error(f"tokens must be integers shaped [T] or [B, T] with T ≥ 1, not {rows.dtype} {rows.shape}")
         if rows.min() < 0 or rows.max() >= self.config.vocab_size:
@@ -210,9 +234,9 @@ class LM:
 
     def generate(
         self, prompt: Prompt | Sequence[Prompt], *, max_tokens: int = 512, temperature: float = 1.0, top_k: int = 0,
-        top_p: float = 1.0, min_p: float = 0.05, seed: int | Sequence[int] | None = None, stop: str | Sequence[str] = (),
-        logprobs: bool | int = False, think: bool | str = False, tools: Sequence[Mapping[str, Any]] | None = None,
-        stream: bool = False,
+        top_p: float = 1.0, min_p: float = 0.05, seed: int | Sequence[int] | None = None,
+        stop: str | Sequence[str] = (), logprobs: bool | int = False, think: bool | str = False,
+        tools: Sequence[Mapping[str, Any]] | None = None, stream: bool = False,
     ) -> Output | list[Output] | Iterator[Chunk]:  # fmt: skip
         """Continue prompts.
 
@@ -239,15 +263,8 @@ class LM:
         prompts, single = _as_list(prompt)
         many = [self._prepare(p, think, tools) for p in prompts]
         seeds = _seeds(seed, len(prompts))
-        stops = [stop] if isinstance(stop, str) else list(stop)
-        if any(not isinstance(s, str) or not s for s in stops):
-            raise DS4Error("stop: give one or more non-empty strings")
-        if self.tokenizer is None and stops:
-            raise DS4Error("stop strings need a tokenizer, and this checkpoint has none")
-        if isinstance(logprobs, int) and not 0 <= logprobs <= 20:
-            raise DS4Error(f"logprobs {logprobs}: between 0 and 20 alternatives are possible")
         rules = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-        top = 0 if isinstance(logprobs, bool) else logprobs
+        stops, top = self._stops(stop), _top(logprobs)
         jobs = [
             _Job(
                 i,
@@ -259,7 +276,7 @@ class LM:
         engine = self._engine_for(len(jobs))
         for job in jobs:
             engine.check(job.request)  # all of them before any runs
-        chunks = self._run(engine, jobs)
+        chunks = self._run(jobs)
         if stream:
             return chunks
         outputs: dict[int, Output] = {c.index: c.output for c in chunks if c.output is not None}
@@ -278,7 +295,10 @@ class LM:
         """The engine with slots for n sequences at once, as far as memory and MAX_SLOTS allow."""
         wanted = min(MAX_SLOTS, 1 << (n - 1).bit_length())
         if self._engine is None or self._engine_wanted != wanted:
-            self._engine, self._engine_wanted = None, wanted  # its cache goes before the next is made
+            if self._engine is not None:
+                self._engine.abort()  # its cache goes before the next is made
+                self._run_number += 1
+            self._engine, self._engine_wanted = None, wanted
             slots = memory.most_slots(
                 self.config, self.weights_nbytes, self.platform.memory, wanted=wanted, context=self.context,
                 dtype=self.platform.dtype,
@@ -294,6 +314,8 @@ class LM:
         if think not in (True, False, "max"):
             raise DS4Error(f"think {think!r}: choose True, False or 'max'")
         is_text = isinstance(prompt, str)
+        if not is_text and (not isinstance(prompt, Sequence | np.ndarray) or isinstance(prompt, bytes)):
+            raise DS4Error(f"prompt: give text, token ids or messages, not {type(prompt).__name__}")
         is_messages = not is_text and len(prompt) > 0 and isinstance(prompt[0], Mapping)
         if not is_messages and (tools or think):
             raise DS4Error("think and tools need messages: [{'role': 'user', 'content': …}]")
@@ -307,13 +329,30 @@ class LM:
             bos = self.tokenizer.bos_id
             tokens = self.tokenizer.encode(prompt)
             return (tokens if bos is None or tokens[:1] == [bos] else [bos, *tokens]), None
-        mode = "thinking" if think else "chat"
         text = chat.encode_messages(
-            prompt, thinking_mode=mode, reasoning_effort="max" if think == "max" else None, tools=tools
-        )
-        return self.tokenizer.encode(text), mode
+            prompt, thinking_mode="thinking" if think else "chat", reasoning_effort="max" if think == "max" else None,
+            tools=tools,
+        )  # fmt: skip
+        tokens = self.tokenizer.encode(text)
+        if tokens and tokens[-1] == self.tokenizer.eos_id:
+            raise DS4Error(
+                "the last message is the assistant's: add a user message, or set its 'wo_eos' to have it continued"
+            )
+        # an answer that is continued is past its reasoning
+        return tokens, "thinking" if text.endswith(THINK_OPEN) else "chat"
 
-    def _run(self, engine: runtime.Engine, jobs: list[_Job]) -> Iterator[Chunk]:
+    def _stops(self, stop: str | Sequence[str]) -> list[str]:
+        stops = [stop] if isinstance(stop, str) else stop
+        if not isinstance(stops, Sequence) or any(not isinstance(s, str) or not s for s in stops):
+            raise DS4Error("stop: give one or more non-empty strings")
+        if self.tokenizer is None and stops:
+            raise DS4Error("stop strings need a tokenizer, and this checkpoint has none")
+        return list(stops)
+
+    def _run(self, jobs: list[_Job]) -> Iterator[Chunk]:
+        engine = self._engine_for(len(jobs))
+        self._run_number += 1
+        number = self._run_number
         if engine.busy:  # an iterator was left unfinished: its prompts are dropped
             engine.abort()
         by_number = {engine.submit(job.request): job for job in jobs}
@@ -324,8 +363,11 @@ class LM:
                 if chunk.output is not None and burst.finish is None:
                     engine.cancel(burst.request)  # a stop string ended it before the engine knew
                 yield chunk
+                if self._run_number != number:
+                    raise DS4Error("this stream is over: the model was used again before it was read to its end")
         except BaseException:
-            engine.abort()  # donated buffers may be gone
+            if self._run_number == number:  # or the engine is another's by now
+                engine.abort()  # donated buffers may be gone
             raise
 
 
@@ -336,22 +378,29 @@ class Session:
         self.lm = lm
         self.prefix: runtime.Prefix | None = None
 
-    def generate(self, messages: Messages, **options: Any) -> Iterator[Chunk]:
+    def generate(
+        self, messages: Messages, *, max_tokens: int = 512, temperature: float = 1.0, top_k: int = 0,
+        top_p: float = 1.0, min_p: float = 0.05, seed: int | None = None, stop: str | Sequence[str] = (),
+        logprobs: bool | int = False, think: bool | str = False, tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> Iterator[Chunk]:  # fmt: skip
         """As `LM.generate(messages, stream=True)`, from the longest beginning already computed."""
         lm = self.lm
-        think, tools = options.pop("think", False), options.pop("tools", None)
-        stop, seed = options.pop("stop", ()), _seeds(options.pop("seed", None), 1)[0]
-        max_tokens = options.pop("max_tokens", 512)
         tokens, mode = lm._prepare(messages, think, tools)
-        request = runtime.Request(tokens, max_tokens, runtime.Sampling(seed=seed, **options), lm._eos)
+        (seed,) = _seeds(seed, 1)
+        stops, top = lm._stops(stop), _top(logprobs)
+        sampling = runtime.Sampling(temperature, top_k, top_p, min_p, seed)
+        request = runtime.Request(tokens, max_tokens, sampling, lm._eos, top)
         engine = lm._engine_for(1)
         engine.check(request)
         if self.prefix is not None and len(self.prefix.tokens) >= len(tokens):
             self.prefix = None
-        self.prefix = engine.extend(self.prefix, tokens[:-1])
-        stops = [stop] if isinstance(stop, str) else list(stop)
-        job = _Job(0, dataclasses.replace(request, prefix=self.prefix), _Writer(lm.tokenizer, stops, mode, seed, False))
-        return lm._run(engine, [job])
+        if len(tokens) > 1:
+            self.prefix = engine.extend(self.prefix, tokens[:-1])
+        job = _Job(
+            0, dataclasses.replace(request, prefix=self.prefix),
+            _Writer(lm.tokenizer, stops, mode, seed, logprobs is not False),
+        )  # fmt: skip
+        return lm._run([job])
 
 
 @dataclasses.dataclass
@@ -383,10 +432,11 @@ class _Writer:
                 new += self.stops.push(self.stream.push(token))
                 if self.stops.stopped is not None:
                     break
-        finish = "stop" if self.stops.stopped is not None else burst.finish
-        if finish and self.stream is not None:
+        finish = burst.finish
+        if (finish or self.stops.stopped) and self.stream is not None:
             new += self.stops.push(self.stream.finish())
             new += self.stops.finish()
+        finish = "stop" if self.stops.stopped else finish
         self.tokens += burst.tokens[:used]
         if self.logprobs is not None:
             self.logprobs += burst.logprobs[:used]
@@ -419,13 +469,12 @@ def _as_list(prompt) -> tuple[list[Prompt], bool]:
         return [prompt], True
     if isinstance(prompt, np.ndarray | jax.Array):
         prompt = np.asarray(prompt).tolist()
-    if not isinstance(prompt, Sequence):
+    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
         raise DS4Error(f"prompt: give text, token ids, messages, or a list of them, not {type(prompt).__name__}")
     prompt = list(prompt)
     if not prompt:
-        raise DS4Error("the prompt is empty")
-    first = prompt[0]
-    if isinstance(first, Mapping) or isinstance(first, int | np.integer):
+        raise DS4Error("the prompt is empty: give text, token ids or messages")
+    if isinstance(prompt[0], Mapping | numbers.Number):
         return [prompt], True
     return prompt, False
 
@@ -436,13 +485,22 @@ def _token(t) -> int:
     return int(t)
 
 
+def _top(logprobs: bool | int) -> int:
+    """How many alternatives `logprobs` asks for."""
+    if isinstance(logprobs, bool):
+        return 0
+    if not isinstance(logprobs, int | np.integer) or not 0 <= logprobs <= MAX_TOP:
+        raise DS4Error(f"logprobs {logprobs!r}: True, False, or how many alternatives to report, at most {MAX_TOP}")
+    return int(logprobs)
+
+
 def _seeds(seed, n: int) -> list[int]:
     if seed is None:
         return [secrets.randbits(32) for _ in range(n)]
-    seeds = [seed] * n if isinstance(seed, int | np.integer) else list(seed)
+    seeds = list(seed) if isinstance(seed, Sequence | np.ndarray) and not isinstance(seed, str) else [seed] * n
     if len(seeds) != n:
         raise DS4Error(f"seed: {len(seeds)} seeds for {n} prompts; give one for all or one each")
     for s in seeds:
-        if not 0 <= s < 2**32:
-            raise DS4Error(f"seed {s}: must be a whole number from 0 to {2**32 - 1}")
+        if isinstance(s, bool) or not isinstance(s, int | np.integer) or not 0 <= s < 2**32:
+            raise DS4Error(f"seed {s!r}: must be a whole number from 0 to {2**32 - 1}")
     return [int(s) for s in seeds]

@@ -15,7 +15,7 @@ import numpy as np
 
 from ds4jax.errors import DS4Error
 from ds4jax.model import Cache, Config, init_cache
-from ds4jax.runtime.programs import MAX_EOS, Programs, Slots, chunk_length
+from ds4jax.runtime.programs import MAX_EOS, MAX_TOP, Programs, Slots, chunk_length
 from ds4jax.runtime.sampling import Sampling
 
 BURST = 8  # tokens per dispatch
@@ -23,10 +23,11 @@ BURST = 8  # tokens per dispatch
 
 @dataclasses.dataclass(frozen=True)
 class Prefix:
-    """Tokens that are already in a cache of one slot, to begin requests from."""
+    """Tokens that are already in a cache of one slot, to begin requests from, in engines of the same capacity."""
 
     tokens: tuple[int, ...]
     cache: Cache
+    capacity: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +74,9 @@ class _Running:
     number: int
     request: Request
     limit: int  # tokens it may choose: max_tokens or what the context leaves
+    asked: int = 0  # tokens that dispatched work may choose
     chosen: int = 0
+    over: bool = False  # finished or cancelled: later tokens are dropped
 
 
 class Engine:
@@ -112,19 +115,25 @@ class Engine:
             raise DS4Error(f"token {bad} is outside the vocabulary of {self.config.vocab_size}")
         if len(tokens) >= self.capacity:
             raise DS4Error(
-                f"the prompt has {len(tokens)} tokens and the context {self.capacity}: shorten it or load with a larger "
-                f"context (up to {self.config.max_position_embeddings})"
+                f"the prompt has {len(tokens)} tokens and the context {self.capacity}, which must hold the answer too: "
+                f"shorten it or load with a larger context (up to {self.config.max_position_embeddings})"
             )
         if request.prefix is not None:
             held = request.prefix.tokens
             if len(held) >= len(tokens) or tuple(tokens[: len(held)].tolist()) != held:
-                raise DS4Error("the prefix is not a beginning of the prompt")
-        if request.max_tokens < 1:
-            raise DS4Error(f"max_tokens {request.max_tokens}: must be at least 1")
+                raise DS4Error("the prefix is not a beginning of the prompt: extend one that is, or leave it out")
+            if request.prefix.capacity != self.capacity:
+                raise DS4Error(f"the prefix is from a context of {request.prefix.capacity}, this is {self.capacity}")
+        for name, value, low, high in (
+            ("max_tokens", request.max_tokens, 1, None),
+            ("top_logprobs", request.top_logprobs, 0, MAX_TOP),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int | np.integer):
+                raise DS4Error(f"{name} {value!r}: must be a whole number")
+            if value < low or (high is not None and value > high):
+                raise DS4Error(f"{name} {value}: must be at least {low}" + (f" and at most {high}" if high else ""))
         if len(request.eos) > MAX_EOS:
             raise DS4Error(f"{len(request.eos)} ending tokens: at most {MAX_EOS} are possible")
-        if not 0 <= request.top_logprobs <= 20:
-            raise DS4Error(f"logprobs {request.top_logprobs}: between 0 and 20 alternatives are possible")
 
     def submit(self, request: Request) -> int:
         """Queue a request; its number."""
@@ -136,10 +145,13 @@ class Engine:
     def cancel(self, number: int) -> None:
         """Forget a request; tokens of it that are still being computed are dropped."""
         self._pending = collections.deque(p for p in self._pending if p[0] != number)
-        for i, running in enumerate(self._running):
-            if running and running.number == number:
-                self._running[i] = None
-                self.slots = self.programs.stop(self.slots, i)
+        for r in self._in_flight[0] if self._in_flight else ():
+            if r and r.number == number:
+                r.over = True
+        for i, r in enumerate(self._running):
+            if r and r.number == number:
+                r.over, self._running[i] = True, None
+                self.slots = self.programs.stop(self.slots, np.arange(self.n_slots) == i)
 
     def abort(self) -> None:
         """Forget everything, cache included; for after an interruption."""
@@ -162,32 +174,26 @@ class Engine:
             return
         if self.cache is None:
             self.cache = self._new_cache(self.n_slots)
-            with jax.default_device(self.device):
-                self.slots = Slots.empty(self.n_slots)
+            self.slots = jax.device_put(Slots.empty(self.n_slots), self.device)
         admitted = {}
         while free and self._pending:
             admitted[free.pop(0)] = self._pending.popleft()
         which = np.zeros(self.n_slots, bool)
         which[list(admitted)] = True
         self.cache = self.programs.reset(self.cache, which)
-        heads = {}
-        for slot, (_, request) in admitted.items():
+        heads, new = {}, Slots.empty(self.n_slots)
+        for slot, (number, request) in admitted.items():
             done = 0
             if request.prefix is not None:
                 self.cache = self.programs.put(self.cache, slot, request.prefix.cache)
                 done = len(request.prefix.tokens)
             heads[slot] = np.asarray(request.tokens[done:-1], np.int32)
-        if len(heads) == self.n_slots and self.n_slots > 1:
-            self.cache = self._prefill(self.cache, None, [heads[i] for i in range(self.n_slots)])
-        else:
-            for slot, tokens in heads.items():
-                self.cache = self._prefill(self.cache, [slot] if self.n_slots > 1 else None, [tokens])
-        for slot, (number, request) in admitted.items():
-            limit = min(request.max_tokens, self.capacity - len(request.tokens))
-            self._running[slot] = _Running(number, request, limit)
             # the prompt's last token is fed by decode, so prefill needs no head and no sampling
-            last = int(request.tokens[-1])
-            self.slots = self.programs.admit(self.slots, slot, last, limit, request.sampling, list(request.eos))
+            limit = min(request.max_tokens, self.capacity - len(request.tokens))
+            new.begin(slot, int(request.tokens[-1]), limit, request.sampling, request.eos)
+            self._running[slot] = _Running(number, request, limit)
+        self.cache = self._prefill(self.cache, self.n_slots, heads)
+        self.slots = self.programs.admit(self.slots, which, new)
 
     def extend(self, prefix: Prefix | None, tokens: Sequence[int]) -> Prefix:
         """A prefix that holds `tokens`, computed from `prefix` where they begin with its tokens."""
@@ -197,47 +203,65 @@ class Engine:
             raise DS4Error(f"{len(tokens)} tokens do not fit the context of {self.capacity}")
         # prefill donates its cache; a copy keeps the old prefix usable
         cache = jax.tree.map(jnp.copy, prefix.cache) if done else self._new_cache(1)
-        return Prefix(tokens, self._prefill(cache, None, [np.asarray(tokens[done:], np.int32)]))
+        cache = self._prefill(cache, 1, {0: np.asarray(tokens[done:], np.int32)})
+        return Prefix(tokens, cache, self.capacity)
 
     def _new_cache(self, slots: int) -> Cache:
         with jax.default_device(self.device):
-            return init_cache(self.config, slots, self.capacity, self.dtype)
+            # put on the device for good, so that no later step can move it
+            return jax.device_put(init_cache(self.config, slots, self.capacity, self.dtype), self.device)
 
-    def _prefill(self, cache: Cache, slots: list[int] | None, rows: list[np.ndarray]) -> Cache:
-        where = None if slots is None else jnp.asarray(slots, jnp.int32)
-        at, longest = 0, max(map(len, rows))
-        while at < longest:
-            length = chunk_length(longest - at, len(rows))
-            tokens = np.zeros((len(rows), length), np.int32)
-            n_valid = np.zeros(len(rows), np.int32)
-            for i, row in enumerate(rows):
+    def _prefill(self, cache: Cache, n_slots: int, rows: dict[int, np.ndarray]) -> Cache:
+        """Feed `rows` {slot: tokens} to a cache of `n_slots`: all together while most slots have tokens left, else one
+        by one, so that there are two programs for each chunk length."""
+        at = 0
+        while rows := {slot: row for slot, row in rows.items() if len(row) > at}:
+            together = 2 * len(rows) > n_slots > 1
+            if not together:
+                for slot, row in rows.items():
+                    cache = self._prefill_one(cache, slot if n_slots > 1 else None, row[at:])
+                return cache
+            length = chunk_length(max(map(len, rows.values())) - at, n_slots)
+            tokens, n_valid = np.zeros((n_slots, length), np.int32), np.zeros(n_slots, np.int32)
+            for slot, row in rows.items():
                 piece = row[at : at + length]
-                tokens[i, : len(piece)], n_valid[i] = piece, len(piece)
-            cache = self.programs.prefill(cache, where, tokens, n_valid)
+                tokens[slot, : len(piece)], n_valid[slot] = piece, len(piece)
+            cache = self.programs.prefill(cache, None, tokens, n_valid)
             at += length
         return cache
 
+    def _prefill_one(self, cache: Cache, slot: int | None, row: np.ndarray) -> Cache:
+        where = None if slot is None else np.asarray([slot], np.int32)
+        while len(row):
+            length = chunk_length(len(row))
+            piece = row[:length]
+            tokens = np.zeros((1, length), np.int32)
+            tokens[0, : len(piece)] = piece
+            cache = self.programs.prefill(cache, where, tokens, np.asarray([len(piece)], np.int32))
+            row = row[length:]
+        return cache
+
     def _dispatch(self):
-        running = [r for r in self._running if r is not None]
-        if not running:
+        running = list(self._running)
+        going = [r for r in running if r is not None]
+        if not going:
             return None
-        top = max(r.request.top_logprobs for r in running)
         self.cache, self.slots, out = self.programs.decode(
-            self.cache,
-            self.slots,
-            steps=BURST,
-            filters=any(r.request.sampling.filters for r in running),
-            top_logprobs=20 if top else 0,  # two programs, not twenty
+            self.cache, self.slots, steps=BURST, top_logprobs=any(r.request.top_logprobs for r in going)
         )
-        return list(self._running), out
+        for slot, r in enumerate(running):
+            if r is not None:
+                r.asked += BURST
+                if r.asked >= r.limit:  # its last token is on its way, so the slot is free for the next
+                    self._running[slot] = None
+        return running, out
 
     def _collect(self, in_flight) -> list[Burst]:
         running, out = in_flight
-        tokens, logprobs, best = jax.device_get(out)
+        tokens, logprobs, top_ids, top_logprobs = jax.device_get(out)
         bursts = []
         for slot, r in enumerate(running):
-            # a slot whose request was cancelled or replaced meanwhile has nothing to say
-            if r is None or self._running[slot] is not r:
+            if r is None or r.over:
                 continue
             n = int(np.argmax(tokens[:, slot] < 0)) if (tokens[:, slot] < 0).any() else len(tokens)
             if n == 0:
@@ -253,10 +277,12 @@ class Engine:
             elif r.chosen >= r.limit:
                 finish = "length" if r.limit == r.request.max_tokens else "context"
             top = []
-            if r.request.top_logprobs:
-                ids, lps = best[0][:n, slot, : r.request.top_logprobs], best[1][:n, slot, : r.request.top_logprobs]
-                top = [list(zip(i.tolist(), lp.tolist(), strict=True)) for i, lp in zip(ids, lps, strict=True)]
+            if m := r.request.top_logprobs:
+                pairs = zip(top_ids[:n, slot, :m].tolist(), top_logprobs[:n, slot, :m].tolist(), strict=True)
+                top = [list(zip(*pair, strict=True)) for pair in pairs]
             if finish:
-                self._running[slot] = None
+                r.over = True
+                if self._running[slot] is r:
+                    self._running[slot] = None
             bursts.append(Burst(r.number, chosen, values, top, finish))
         return bursts

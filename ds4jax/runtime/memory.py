@@ -39,7 +39,8 @@ def check_fits(config: Config, weights: int, memory: int | None, *, slots: int, 
     if memory is None or needed.total <= memory:
         return needed
     gib = lambda n: f"{n / 2**30:.1f} GiB"  # noqa: E731
-    head = f"context {context} needs {gib(needed.total)} ({gib(weights)} weights, {gib(needed.cache)} cache)"
+    parts = f"{gib(weights)} weights, {gib(needed.cache)} cache, {gib(WORKSPACE)} workspace"
+    head = f"context {context} needs {gib(needed.total)} ({parts})"
     fits = largest_context(config, weights, memory, slots=slots, limit=context, dtype=dtype)
     remedy = f"context={fits} would fit" if fits else "not even the weights fit: use a smaller file or a larger device"
     raise DS4Error(f"{head} and the device has {gib(memory)}: {remedy}")

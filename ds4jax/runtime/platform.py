@@ -55,7 +55,8 @@ def choose(*, device: str | jax.Device | None = None, dtype: str | None = None, 
     """Pick device, dtype and implementation.
 
     Args:
-      device: a JAX device, or "cpu", "gpu", "cuda", "rocm", "metal"; default: JAX's first device.
+      device: a JAX device, or "cpu", "gpu", "cuda", "rocm", "metal", with a number for one of several ("cuda:1");
+        default: JAX's first device.
       dtype: "float32" or "bfloat16"; default: bfloat16 on a GPU, float32 on a CPU.
       kernels: "auto" or "xla".
 
@@ -67,13 +68,7 @@ def choose(*, device: str | jax.Device | None = None, dtype: str | None = None, 
     if kernels not in ("auto", "xla"):
         raise DS4Error(f"kernels {kernels!r}: choose auto or xla")
     if isinstance(device, str):
-        try:
-            device = jax.devices(device.lower())[0]
-        except RuntimeError:
-            here = ", ".join(sorted({d.platform for d in jax.devices()}))
-            raise DS4Error(
-                f"device {device!r}: JAX sees only {here} here; install an extra such as ds4jax[cuda13]"
-            ) from None
+        device = _device(device)
     chosen = device if device is not None else jax.devices()[0]
     kind = _kind(chosen)
     default = "float32" if kind == "cpu" else "bfloat16"
@@ -82,6 +77,18 @@ def choose(*, device: str | jax.Device | None = None, dtype: str | None = None, 
     return Platform(
         chosen, kind, jnp.dtype(DTYPES[dtype or default]), "xla", device_memory(chosen, kind), "; ".join(why)
     )
+
+
+def _device(name: str) -> jax.Device:
+    kind, _, number = name.lower().partition(":")
+    try:
+        return jax.devices(kind)[int(number or 0)]
+    except (RuntimeError, ValueError, IndexError):
+        found = [*jax.devices(), *jax.devices("cpu")]
+        here = ", ".join(dict.fromkeys(f"{_kind(d)}:{d.id}" for d in found))
+        raise DS4Error(
+            f"device {name!r}: JAX sees only {here} here; choose one, or install an extra such as ds4jax[cuda13]"
+        ) from None
 
 
 def _kind(device: jax.Device) -> str:

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable, Collection
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from ds4jax.model import NO_TAP, Cache, Transformer, reset_slots
@@ -20,6 +23,7 @@ Array = jax.Array
 CHUNKS = (32, 256, 2048)  # lengths a prompt is cut into; the last piece is padded up
 CHUNK_TOKENS = 8192  # tokens of all slots together in one prefill
 MAX_EOS = 8
+MAX_TOP = 20  # likeliest tokens that can be reported at each place
 
 
 @functools.partial(
@@ -29,7 +33,7 @@ MAX_EOS = 8
 )
 @dataclasses.dataclass(frozen=True)
 class Slots:
-    """What decode knows of each slot; every field is [B], `eos` is [B, MAX_EOS]."""
+    """What decode knows of each slot; every field is [B], `eos` is [B, MAX_EOS]. NumPy or JAX."""
 
     token: Array  # int32: the next to feed
     active: Array  # bool
@@ -44,12 +48,22 @@ class Slots:
 
     @classmethod
     def empty(cls, n: int) -> Slots:
-        full = lambda value, dtype: jnp.full((n,), value, dtype)  # each its own buffer: they are donated  # noqa: E731
+        """NumPy arrays of `n` slots that do nothing."""
+        full = lambda value, dtype: np.full((n,), value, dtype)  # noqa: E731
         return cls(
-            token=full(0, jnp.int32), active=full(False, bool), left=full(0, jnp.int32), count=full(0, jnp.int32),
-            seed=full(0, jnp.uint32), temperature=full(0, jnp.float32), top_k=full(0, jnp.int32),
-            top_p=full(1, jnp.float32), min_p=full(0, jnp.float32), eos=jnp.full((n, MAX_EOS), -1, jnp.int32),
+            token=full(0, np.int32), active=full(False, bool), left=full(0, np.int32), count=full(0, np.int32),
+            seed=full(0, np.uint32), temperature=full(0, np.float32), top_k=full(0, np.int32),
+            top_p=full(1, np.float32), min_p=full(0, np.float32), eos=np.full((n, MAX_EOS), -1, np.int32),
         )  # fmt: skip
+
+    def begin(self, slot: int, token: int, left: int, sampling: Sampling, eos: Collection[int]) -> None:
+        """In NumPy arrays, set `slot` going: it feeds `token` next and may choose `left` tokens."""
+        s = sampling
+        self.token[slot], self.active[slot], self.left[slot], self.count[slot] = token, True, left, 0
+        self.seed[slot], self.temperature[slot] = s.seed, s.temperature
+        self.top_k[slot] = min(s.top_k, np.iinfo(np.int32).max)
+        self.top_p[slot], self.min_p[slot] = s.top_p, s.min_p
+        self.eos[slot] = [*eos, *[-1] * (MAX_EOS - len(eos))]
 
 
 def chunk_length(tokens: int, slots: int = 1) -> int:
@@ -64,10 +78,15 @@ class Programs:
 
     Args:
       graphdef, state: `nnx.split` of a `Transformer`.
+      unused: token ids that must never be chosen, such as padding of the vocabulary.
     """
 
-    def __init__(self, graphdef: nnx.GraphDef, state: nnx.State):
+    def __init__(self, graphdef: nnx.GraphDef, state: nnx.State, unused: Collection[int] = ()):
         self.graphdef, self.state = graphdef, state
+        usable = np.ones(self._model(state).config.vocab_size, bool)
+        usable[list(unused)] = False
+        (device,) = jax.tree.leaves(state)[0].devices()
+        self.usable = jax.device_put(usable, device)  # an argument of decode, not part of the program
 
     def _model(self, state) -> Transformer:
         return nnx.merge(self.graphdef, state)
@@ -98,71 +117,95 @@ class Programs:
 
         return jax.jit(run, donate_argnums=1)
 
-    def decode(self, cache: Cache, slots: Slots, *, steps: int, filters: bool, top_logprobs: int):
-        """Choose `steps` tokens for every active slot.
+    def decode(self, cache: Cache, slots: Slots, *, steps: int, top_logprobs: bool = False):
+        """Choose up to `steps` tokens for every active slot; ends early when no slot is active any more.
 
         Returns:
-          cache, slots, and per step [steps, B]: tokens (-1 where the slot was not active), log-probabilities, and with
-          `top_logprobs` n > 0 the n likeliest tokens and their log-probabilities [steps, B, n].
+          cache, slots, and per step [steps, B]: tokens (-1 where the slot was not active), log-probabilities, and the
+          ids and log-probabilities of the MAX_TOP likeliest tokens [steps, B, MAX_TOP]; without `top_logprobs` the
+          last two are not filled in.
         """
-        return self._decode(self.state, cache, slots, steps, filters, top_logprobs)
+        return self._decode(self.state, cache, slots, self.usable, np.bool_(top_logprobs), steps)
 
     @functools.cached_property
     def _decode(self):
-        def run(state, cache, slots, steps, filters, top_logprobs):
+        def run(state, cache, slots, usable, with_top, steps):
             model = self._model(state)
 
-            def step(carry, _):
+            def step(carry):
                 cache, s = carry
                 streams, cache = model.forward(s.token[:, None], cache, s.active.astype(jnp.int32), tap=NO_TAP)
                 logits = model.logits(streams)[:, 0]
-                token, logprob = sample(
-                    logits, s.temperature, s.top_k, s.top_p, s.min_p, s.seed, s.count, filters=filters
-                )
+                token, logprob = sample(logits, s.temperature, s.top_k, s.top_p, s.min_p, s.seed, s.count, usable)
                 ended = jnp.any(token[:, None] == s.eos, axis=-1)
                 left, count = (a + d * s.active for a, d in ((s.left, -1), (s.count, 1)))
                 after = dataclasses.replace(
                     s, token=token, left=left, count=count, active=s.active & ~ended & (left > 0)
                 )
-                best = None
-                if top_logprobs:
-                    top, ids = jax.lax.top_k(logits, top_logprobs)
-                    best = (ids, top - jax.nn.logsumexp(logits, axis=-1, keepdims=True))
-                return (cache, after), (jnp.where(s.active, token, -1), logprob, best)
+                top = _likeliest(logits, with_top)
+                return (cache, after), (jnp.where(s.active, token, -1), logprob, *top)
 
-            (cache, slots), out = jax.lax.scan(step, (cache, slots), length=steps)
+            (cache, slots), out = _steps(step, (cache, slots), steps, lambda carry: jnp.any(carry[1].active))
             return cache, slots, out
 
-        return jax.jit(run, static_argnums=(3, 4, 5), donate_argnums=(1, 2))
+        return jax.jit(run, static_argnums=5, donate_argnums=(1, 2))
 
-    def admit(self, slots: Slots, slot: int, token: int, left: int, sampling: Sampling, eos: list[int]) -> Slots:
-        """Set slot number `slot` going: it feeds `token` next and may choose `left` tokens."""
-        s = sampling
-        ids = jnp.asarray((eos + [-1] * MAX_EOS)[:MAX_EOS], jnp.int32)
-        new = (token, True, left, 0, jnp.uint32(s.seed % 2**32), s.temperature, s.top_k, s.top_p, s.min_p, ids)
-        return _set_slot(slots, slot, new)
+    def admit(self, slots: Slots, which: np.ndarray, new: Slots) -> Slots:
+        """Replace the slots where `which` [B] is True by those of `new`."""
+        return _admit(slots, which, new)
 
-    def stop(self, slots: Slots, slot: int) -> Slots:
-        return _stop_slot(slots, slot)
+    def stop(self, slots: Slots, which: np.ndarray) -> Slots:
+        """Let the slots where `which` [B] is True rest."""
+        return _stop(slots, which)
 
     def put(self, cache: Cache, slot: int, one: Cache) -> Cache:
         """Overwrite slot number `slot` with a cache of one slot."""
         return _put(cache, slot, one)
 
-    def reset(self, cache: Cache, which) -> Cache:
+    def reset(self, cache: Cache, which: np.ndarray) -> Cache:
         """Empty the slots where `which` [B] is True."""
-        return _reset(cache, jnp.asarray(which))
+        return _reset(cache, which)
+
+
+def _steps(step: Callable, carry: Any, length: int, going: Callable):
+    """As `lax.scan` of `step(carry) -> carry, out` over `length`, but ends when `going(carry)` is False.
+
+    What was not reached is -1 in integers and 0 elsewhere.
+    """
+    shapes = jax.eval_shape(step, carry)[1]
+    empty = lambda a: jnp.full((length, *a.shape), -1 if jnp.issubdtype(a.dtype, jnp.integer) else 0, a.dtype)  # noqa: E731
+
+    def body(state):
+        i, carry, outs = state
+        carry, out = step(carry)
+        return i + 1, carry, jax.tree.map(lambda a, b: a.at[i].set(b), outs, out)
+
+    start = (jnp.int32(0), carry, jax.tree.map(empty, shapes))
+    _, carry, outs = jax.lax.while_loop(lambda state: (state[0] < length) & going(state[1]), body, start)
+    return carry, outs
+
+
+def _likeliest(logits: Array, wanted: Array) -> tuple[Array, Array]:
+    """Ids and log-probabilities of the MAX_TOP likeliest tokens: logits [B, V] → [B, MAX_TOP]; zeros unless wanted."""
+    n = min(MAX_TOP, logits.shape[-1])
+
+    def find():
+        top, ids = jax.lax.top_k(logits, n)
+        return ids, top - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+
+    shape = (logits.shape[0], n)
+    return jax.lax.cond(wanted, find, lambda: (jnp.zeros(shape, jnp.int32), jnp.zeros(shape, logits.dtype)))
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _set_slot(slots: Slots, slot, new):
-    fields = [f.name for f in dataclasses.fields(Slots)]
-    return Slots(**{n: getattr(slots, n).at[slot].set(v) for n, v in zip(fields, new, strict=True)})
+def _admit(slots: Slots, which: Array, new: Slots) -> Slots:
+    choose = lambda a, b: jnp.where(which.reshape(-1, *[1] * (a.ndim - 1)), b, a)  # noqa: E731
+    return jax.tree.map(choose, slots, new)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _stop_slot(slots: Slots, slot):
-    return dataclasses.replace(slots, active=slots.active.at[slot].set(False))
+def _stop(slots: Slots, which: Array) -> Slots:
+    return dataclasses.replace(slots, active=slots.active & ~which)
 
 
 _reset = jax.jit(reset_slots, donate_argnums=0)

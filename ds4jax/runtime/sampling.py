@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import numbers
 
 import jax
 import jax.numpy as jnp
@@ -29,23 +31,20 @@ class Sampling:
 
     def __post_init__(self):
         for name, ok, rule in (
-            ("temperature", 0 <= self.temperature < float("inf"), "at least 0"),
-            ("top_k", self.top_k >= 0 and int(self.top_k) == self.top_k, "a whole number, 0 for all"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
+            ("temperature", lambda t: 0 <= t < math.inf, "a number, at least 0"),
+            ("top_k", lambda k: 0 <= k < math.inf and int(k) == k, "a whole number, 0 for all"),
+            ("top_p", lambda p: 0 < p <= 1, "a number above 0 and at most 1"),
+            ("min_p", lambda p: 0 <= p <= 1, "a number from 0 to 1"),
+            ("seed", lambda s: 0 <= s < 2**32 and int(s) == s, f"a whole number from 0 to {2**32 - 1}"),
         ):
-            if not ok:  # NaN fails every comparison and lands here too
-                raise DS4Error(f"{name} {getattr(self, name)}: must be {rule}")
-
-    @property
-    def filters(self) -> bool:
-        """Whether the rules need more than a threshold relative to the likeliest token."""
-        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1)
+            value = getattr(self, name)
+            # NaN fails every comparison and is refused too
+            if isinstance(value, bool) or not isinstance(value, numbers.Real) or not ok(value):
+                raise DS4Error(f"{name} {value!r}: must be {rule}")
 
 
 def _kth_largest_bits(keys: Array, enough) -> Array:
     """The largest int32 threshold t for which `enough(keys >= t)`, by bisection over its bits; per row of [B, V]."""
-
 
     def halve(i, low):
         # from the least int32 upwards, adding bits in two's complement: 2^31 wraps the minimum to 0
@@ -61,28 +60,32 @@ def _ordered_bits(x: Array) -> Array:
     return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
-def keep_mask(scaled: Array, top_k: Array, top_p: Array, min_p: Array, *, filters: bool) -> Array:
+def keep_mask(scaled: Array, top_k: Array, top_p: Array, min_p: Array) -> Array:
     """Which tokens survive: scaled logits [B, V], rules [B] → bool [B, V]. Ties at a threshold are all kept.
 
-    `filters` False skips top_k and top_p. Both are found exactly and without sorting, by bisecting the threshold.
+    A token of logit -inf never survives.
     """
     peak = jnp.max(scaled, axis=-1, keepdims=True)
-    keep = scaled >= peak + jnp.log(min_p)[:, None]
-    if filters:
-        vocab = scaled.shape[-1]
-        keys = _ordered_bits(scaled)
-        k = jnp.where(top_k > 0, jnp.minimum(top_k, vocab), vocab)
-        in_k = keys >= _kth_largest_bits(keys, lambda m: jnp.sum(m, axis=-1) >= k)[:, None]
-        p = jnp.where(in_k, jnp.exp(scaled - peak), 0)  # as elsewhere, top_p applies to what top_k left
-        goal = jnp.where(top_p < 1, top_p * jnp.sum(p, axis=-1), 0)
-        nucleus = _kth_largest_bits(keys, lambda m: jnp.sum(jnp.where(m, p, 0), axis=-1) >= goal)
-        keep &= in_k & ((keys >= nucleus[:, None]) | (top_p >= 1)[:, None])
-    return keep
+    keep = (scaled >= peak + jnp.log(min_p)[:, None]) & (scaled > -jnp.inf)
+    wanted = jnp.any((top_k > 0) | (top_p < 1))
+    return jax.lax.cond(wanted, lambda: keep & _restricted(scaled, peak, top_k, top_p), lambda: keep)
+
+
+def _restricted(scaled: Array, peak: Array, top_k: Array, top_p: Array) -> Array:
+    """Which tokens top_k and top_p leave; both are found exactly and without sorting, by bisecting the threshold."""
+    vocab = scaled.shape[-1]
+    keys = _ordered_bits(scaled)
+    k = jnp.where(top_k > 0, jnp.minimum(top_k, vocab), vocab)
+    in_k = keys >= _kth_largest_bits(keys, lambda m: jnp.sum(m, axis=-1) >= k)[:, None]
+    p = jnp.where(in_k, jnp.exp(scaled - peak), 0)  # as elsewhere, top_p applies to what top_k left
+    goal = jnp.where(top_p < 1, top_p * jnp.sum(p, axis=-1), 0)
+    nucleus = _kth_largest_bits(keys, lambda m: jnp.sum(jnp.where(m, p, 0), axis=-1) >= goal)
+    return in_k & ((keys >= nucleus[:, None]) | (top_p >= 1)[:, None])
 
 
 def sample(
-    logits: Array, temperature: Array, top_k: Array, top_p: Array, min_p: Array, seed: Array, count: Array, *,
-    filters: bool,
+    logits: Array, temperature: Array, top_k: Array, top_p: Array, min_p: Array, seed: Array, count: Array,
+    usable: Array | None = None,
 ) -> tuple[Array, Array]:  # fmt: skip
     """Choose one token per slot.
 
@@ -90,16 +93,20 @@ def sample(
       logits: float32 [B, V].
       temperature, top_k, top_p, min_p: [B], see `Sampling`.
       seed: uint32 [B]; count: int32 [B], how many tokens the slot has chosen before: together they fix the draw.
-      filters: compile top_k and top_p in.
+      usable: bool [V], the tokens that may be chosen; default: all.
 
     Returns:
-      tokens int32 [B] and their log-probabilities [B] under the model (temperature 1, nothing filtered), natural log.
+      tokens int32 [B] and their log-probabilities [B] under the model (temperature 1, nothing filtered or excluded),
+      natural log.
     """
-    scaled = logits / jnp.where(temperature > 0, temperature, 1)[:, None]
-    keep = keep_mask(scaled, top_k, top_p, min_p, filters=filters)
+    allowed = logits if usable is None else jnp.where(usable, logits, -jnp.inf)
+    peak = jnp.max(allowed, axis=-1, keepdims=True)
+    # from the peak downwards, so that a tiny temperature cannot overflow upwards
+    scaled = (allowed - peak) / jnp.where(temperature > 0, temperature, 1)[:, None]
+    keep = keep_mask(scaled, top_k, top_p, min_p)
     keys = jax.vmap(lambda s, c: jax.random.fold_in(jax.random.PRNGKey(s), c))(seed, count)
     noise = jax.vmap(lambda k: jax.random.gumbel(k, logits.shape[1:], jnp.float32))(keys)
     drawn = jnp.argmax(jnp.where(keep, scaled + noise, -jnp.inf), axis=-1)
-    token = jnp.where(temperature > 0, drawn, jnp.argmax(logits, axis=-1)).astype(jnp.int32)
+    token = jnp.where(temperature > 0, drawn, jnp.argmax(allowed, axis=-1)).astype(jnp.int32)
     chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
     return token, chosen - jax.nn.logsumexp(logits, axis=-1)
