@@ -57,7 +57,7 @@ def _kth_largest_bits(keys: Array, enough) -> Array:
 def _ordered_bits(x: Array) -> Array:
     """int32 that order as the float32 `x` do."""
     bits = jax.lax.bitcast_convert_type(x, jnp.int32)
-    return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return jnp.where(x == 0, 0, jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits))  # both zeros are one
 
 
 def keep_mask(scaled: Array, top_k: Array, top_p: Array, min_p: Array) -> Array:
