@@ -6,6 +6,8 @@ the streams mix among themselves by a doubly stochastic matrix (`comb`). All wei
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -80,12 +82,20 @@ class HyperHead(nnx.Module):
 
 def collapse(streams: Array, pre: Array) -> Array:
     """Σ_s pre[s] · X[s]: [B, T, S, D], [B, T, S] → [B, T, D] in the streams' dtype."""
-    return jnp.sum(streams.astype(jnp.float32) * pre[..., None], axis=-2).astype(streams.dtype)
+    return _weighted(streams, pre[..., None]).astype(streams.dtype)
 
 
 def fold(streams: Array, y: Array, post: Array, comb: Array) -> Array:
     """X[j] ← post[j] · y + Σ_i comb[i, j] · X[i]; y: [B, T, D] → [B, T, S, D] in the streams' dtype."""
-    old = streams.astype(jnp.float32)
-    # S is 4: products and sums element by element beat a batched 4×4 matmul and stay in float32 on every device
-    mixed = jnp.sum(comb[..., :, :, None] * old[..., :, None, :], axis=-3)
+    mixed = _weighted(streams[..., None, :], comb[..., None])
     return (post[..., None] * y.astype(jnp.float32)[..., None, :] + mixed).astype(streams.dtype)
+
+
+def _weighted(streams: Array, weights: Array) -> Array:
+    """Σ_s weights[:, :, s] · streams[:, :, s] in float32.
+
+    S is 4: sums written out fuse with what stands around them, round in one order whatever the program around them, and
+    stay in float32 on every device; a batched 4×4 product does none of that.
+    """
+    terms = [weights[:, :, s] * streams[:, :, s].astype(jnp.float32) for s in range(streams.shape[2])]
+    return functools.reduce(jnp.add, terms)

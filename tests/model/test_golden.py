@@ -1,0 +1,110 @@
+"""The model against results of the reference code, transformers and ds4's file layout (tests/data/golden)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ds4jax import runtime, weights
+from ds4jax.model import Tap
+from tests.model.golden import reference, tiny, worst
+
+LAYERS = 6
+SITES = ("attn_out", "ffn_out", "streams_out", "router.experts", "router.weights", "attn.indexer.topk")
+
+
+@pytest.fixture(scope="module")
+def simulated():
+    """Everything the reference file has, computed in one pass with the cache's rounding simulated."""
+    ref = reference("reference.npz")
+    programs = tiny(True)
+    names = [f"layers.{i}.{site}" for i in range(LAYERS) for site in SITES]
+
+    @jax.jit
+    def run(state, tokens, following):
+        model = programs._model(state)
+        tap = Tap(names=names)
+        streams, _ = model.forward(tokens, tap=tap)
+        return model.logits(streams), model.mtp_all(streams, following), tap.store
+
+    tokens, following = (jnp.asarray(ref[n], jnp.int32)[None] for n in ("tokens", "mtp_next_tokens"))
+    logits, mtp, sites = run(programs.state, tokens, following)
+    return ref, logits[0], mtp[0], {name: np.asarray(a[0]) for name, a in sites.items()}
+
+
+def close_share(ours, theirs, tolerance: float = 1e-3) -> float:
+    return float((worst(ours, theirs) <= tolerance).mean())
+
+
+def test_logits_equal_transformers_without_simulation():
+    ref = reference("hf.npz")
+    programs = tiny(False)
+    logits = jax.jit(lambda state, t: programs._model(state)(t))(programs.state, jnp.asarray(ref["tokens"])[None])
+    assert worst(logits[0], ref["logits"]).max() <= 1e-4
+
+
+def test_logits_equal_the_reference(simulated):
+    ref, logits, _, _ = simulated
+    assert close_share(logits, ref["logits"]) >= 0.99
+
+
+def test_mtp_logits_equal_the_reference(simulated):
+    ref, _, mtp, _ = simulated
+    assert close_share(mtp, ref["mtp_logits"]) >= 0.99
+
+
+@pytest.mark.parametrize("layer", range(LAYERS))
+def test_sites_equal_the_reference(simulated, layer):
+    ref, _, _, sites = simulated
+    for ours, theirs in (("attn_out", "attn_out"), ("ffn_out", "ffn_out"), ("streams_out", "streams")):
+        assert close_share(sites[f"layers.{layer}.{ours}"], ref[f"layers.{layer}.{theirs}"]) >= 0.99, ours
+
+
+@pytest.mark.parametrize("layer", range(LAYERS))
+def test_router_equals_the_reference(simulated, layer):
+    ref, _, _, sites = simulated
+    ours, theirs = sites[f"layers.{layer}.router.experts"], ref[f"layers.{layer}.router_experts"]
+    same = (np.sort(ours) == np.sort(theirs)).all(axis=-1)
+    assert same.mean() >= 0.99
+    order = lambda experts, weights: np.take_along_axis(weights, np.argsort(experts), axis=-1)  # noqa: E731
+    mine = order(ours, sites[f"layers.{layer}.router.weights"])[same]
+    assert close_share(mine, order(theirs, ref[f"layers.{layer}.router_weights"])[same]) >= 0.99
+
+
+@pytest.mark.parametrize("layer", (2, 4))
+def test_indexer_equals_the_reference(simulated, layer):
+    ref, _, _, sites = simulated
+    ours, theirs = sites[f"layers.{layer}.attn.indexer.topk"], ref[f"layers.{layer}.indexer_topk"]
+    assert (np.sort(ours) == np.sort(theirs)).all(axis=-1).mean() >= 0.99
+
+
+def test_decode_equals_the_reference():
+    ref = reference("reference.npz")
+    programs = tiny(True)
+    tokens = ref["tokens"].astype(np.int32)[None]
+    cache = programs._model(programs.state).init_cache(1, 272)
+    one = np.ones(1, np.int32)
+    logits, cache = programs.logits(cache, tokens[:, :200], 200 * one)
+    rows = [logits[0, -1]]
+    for i in range(200, 272):
+        logits, cache = programs.logits(cache, tokens[:, i : i + 1], one)
+        rows.append(logits[0, 0])
+    assert close_share(np.stack(rows), ref["decode_logits"]) >= 0.99
+
+
+def test_mini_gguf_equals_the_reference(mini_gguf, golden_dir):
+    """Real IQ2_XXS, Q2_K, Q8_0 and F16 blocks, computed in float32."""
+    with weights.open_checkpoint(mini_gguf) as ckpt:
+        arrays = weights.load_arrays(ckpt, progress=False)
+        programs = runtime.Programs(*runtime.build_model(ckpt.config, arrays, dtype=jnp.float32))
+    model = programs._model(programs.state)
+    with np.load(golden_dir / "mini" / "reference.npz") as ref:
+        for i in range(3):
+            tokens, theirs = ref[f"tokens_{i}"].astype(np.int32), ref[f"logits_{i}"]
+            padded = np.zeros((1, 640), np.int32)  # one program for all three
+            padded[0, : len(tokens)] = tokens
+            cache = model.init_cache(1, 640)
+            logits, _ = programs.logits(cache, padded, np.array([len(tokens)], np.int32))
+            ours = np.asarray(logits[0, len(tokens) - 1])
+            assert np.abs(ours - theirs).max() <= 5e-3
+            assert set(np.argsort(ours)[-20:]) == set(np.argsort(theirs)[-20:])
