@@ -212,33 +212,33 @@ class Engine:
             return jax.device_put(init_cache(self.config, slots, self.capacity, self.dtype), self.device)
 
     def _prefill(self, cache: Cache, n_slots: int, rows: dict[int, np.ndarray]) -> Cache:
-        """Feed `rows` {slot: tokens} to a cache of `n_slots`: all together while most slots have tokens left, else one
-        by one, so that there are two programs for each chunk length."""
+        """Feed `rows` {slot: tokens} to a cache of `n_slots`: together while most slots have tokens left, then one by
+        one in a cache of one slot, whose programs serve any number of slots."""
         at = 0
         while rows := {slot: row for slot, row in rows.items() if len(row) > at}:
-            together = 2 * len(rows) > n_slots > 1
-            if not together:
+            if n_slots == 1:
+                return self._prefill_one(cache, rows[0])
+            if 2 * len(rows) <= n_slots:
                 for slot, row in rows.items():
-                    cache = self._prefill_one(cache, slot if n_slots > 1 else None, row[at:])
+                    one = self._prefill_one(self.programs.take(cache, slot), row[at:])
+                    cache = self.programs.put(cache, slot, one)
                 return cache
             length = chunk_length(max(map(len, rows.values())) - at, n_slots)
             tokens, n_valid = np.zeros((n_slots, length), np.int32), np.zeros(n_slots, np.int32)
             for slot, row in rows.items():
                 piece = row[at : at + length]
                 tokens[slot, : len(piece)], n_valid[slot] = piece, len(piece)
-            cache = self.programs.prefill(cache, None, tokens, n_valid)
+            cache = self.programs.prefill(cache, tokens, n_valid)
             at += length
         return cache
 
-    def _prefill_one(self, cache: Cache, slot: int | None, row: np.ndarray) -> Cache:
-        where = None if slot is None else np.asarray([slot], np.int32)
+    def _prefill_one(self, cache: Cache, row: np.ndarray) -> Cache:
         while len(row):
             length = chunk_length(len(row))
-            piece = row[:length]
+            piece, row = row[:length], row[length:]
             tokens = np.zeros((1, length), np.int32)
             tokens[0, : len(piece)] = piece
-            cache = self.programs.prefill(cache, where, tokens, np.asarray([len(piece)], np.int32))
-            row = row[length:]
+            cache = self.programs.prefill(cache, tokens, np.asarray([len(piece)], np.int32))
         return cache
 
     def _dispatch(self):

@@ -91,16 +91,14 @@ class Programs:
     def _model(self, state) -> Transformer:
         return nnx.merge(self.graphdef, state)
 
-    def prefill(self, cache: Cache, slots: Array | None, tokens: Array, n_valid: Array) -> Cache:
-        """Feed tokens [P, T] to `slots` [P] (None: all, P = B), the first n_valid [P] of each row."""
-        return self._prefill(self.state, cache, slots, tokens, n_valid)
+    def prefill(self, cache: Cache, tokens: Array, n_valid: Array) -> Cache:
+        """Feed tokens [B, T] to the slots, the first n_valid [B] of each row."""
+        return self._prefill(self.state, cache, tokens, n_valid)
 
     @functools.cached_property
     def _prefill(self):
-        def run(state, cache, slots, tokens, n_valid):
-            part = cache if slots is None else jax.tree.map(lambda a: a[slots], cache)
-            _, part = self._model(state).forward(tokens, part, n_valid)
-            return part if slots is None else jax.tree.map(lambda a, b: a.at[slots].set(b), cache, part)
+        def run(state, cache, tokens, n_valid):
+            return self._model(state).forward(tokens, cache, n_valid)[1]
 
         return jax.jit(run, donate_argnums=1)
 
@@ -158,6 +156,10 @@ class Programs:
         """Let the slots where `which` [B] is True rest."""
         return _stop(slots, which)
 
+    def take(self, cache: Cache, slot: int) -> Cache:
+        """A copy of slot number `slot`, as a cache of one slot."""
+        return _take(cache, slot)
+
     def put(self, cache: Cache, slot: int, one: Cache) -> Cache:
         """Overwrite slot number `slot` with a cache of one slot."""
         return _put(cache, slot, one)
@@ -209,6 +211,11 @@ def _stop(slots: Slots, which: Array) -> Slots:
 
 
 _reset = jax.jit(reset_slots, donate_argnums=0)
+
+
+@jax.jit
+def _take(cache: Cache, slot) -> Cache:
+    return jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, slot, 1), cache)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -4,6 +4,7 @@ import contextlib
 import json
 from collections.abc import Iterator
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -89,8 +90,9 @@ def weights_of(lm: ds4jax.LM, changes: dict[str, np.ndarray]) -> Iterator[None]:
     by_name = {".".join(map(str, path)): path for path in flat}
     for name, array in changes.items():
         path = by_name[name]
-        assert flat[path].get_value().shape == array.shape, name
-        flat[path] = flat[path].replace(np.asarray(array, flat[path].get_value().dtype))
+        old = flat[path].get_value()
+        assert old.shape == array.shape, name
+        flat[path] = flat[path].replace(jax.device_put(np.asarray(array, old.dtype), old.sharding))
     lm.programs.state = nnx.from_flat_state(flat)
     try:
         yield
