@@ -58,6 +58,41 @@ def mini_gguf(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def random_gguf(tmp_path_factory) -> Path:
+    """A GGUF of 200 kB that generates: three layers with random weights, one of each attention kind, and a byte-level
+    tokenizer with all of DeepSeek's special tokens. Not to be changed by a test."""
+    import numpy as np
+
+    from ds4jax import quant
+    from ds4jax.chat import to_gguf_metadata, train_bpe
+    from ds4jax.model import Config
+    from ds4jax.model.params import param_shapes
+    from ds4jax.weights import write_gguf
+
+    tokenizer = train_bpe(["the cat sat on the mat and the dog sat on the log " * 8], 384)
+    config = Config(
+        hidden_size=32, vocab_size=384, num_hidden_layers=3, compress_ratios=(0, 4, 128), num_attention_heads=2,
+        head_dim=32, qk_rope_head_dim=16, q_lora_rank=16, o_groups=2, o_lora_rank=16, sliding_window=16,
+        index_n_heads=2, index_head_dim=32, index_topk=4, n_routed_experts=4, num_experts_per_tok=2,
+        moe_intermediate_size=32, num_hash_layers=1, hc_mult=2, max_position_embeddings=4096,
+    )  # fmt: skip
+    rng, tensors = np.random.default_rng(0), {}
+    for path, (shape, kind) in param_shapes(config).items():
+        if kind == "ids":
+            first = rng.integers(0, config.n_routed_experts, (shape[0], 1))
+            ids = (first + np.arange(shape[1])) % config.n_routed_experts
+            tensors[path] = ("I32", ids.astype(np.int32))
+            continue
+        std = {"embed": 1.0, "norm": 0.1, "sink": 0.5, "bias": 0.1, "ape": 0.5}.get(kind, shape[-1] ** -0.5)
+        format = "Q8_0" if kind == "experts" else "F32"
+        values = (std * rng.normal(size=shape) + (kind == "norm")).astype(np.float32)
+        tensors[path] = (format, quant.quantize(values, format) if format != "F32" else values)
+    path = tmp_path_factory.mktemp("random") / "random.gguf"
+    write_gguf(path, config, tensors, to_gguf_metadata(tokenizer))
+    return path
+
+
 @contextlib.contextmanager
 def _locked(path: Path):
     try:
