@@ -7,8 +7,13 @@ from typing import Any
 
 from flax import nnx
 
+from ds4jax import quant
 from ds4jax.errors import DS4Error
 from ds4jax.model import Config, Transformer
+from ds4jax.model.params import param_shapes
+from ds4jax.quant import QuantizedArray
+
+_MATRICES = ("embed", "linear", "experts")
 
 
 def build_model(
@@ -28,12 +33,16 @@ def build_model(
     )
     graphdef, state = nnx.split(abstract)
     flat = _flat(state)
+    # vectors and the compressors' place embeddings are used as they are: a file that packs them is unpacked here
+    packable = {p: kind in _MATRICES or p.endswith(".fn") for p, (_, kind) in param_shapes(config).items()}
     filled = {}
     for path, variable in flat.items():
         name = ".".join(map(str, path))
         if name not in arrays:
             raise DS4Error(f"tensor {name} is missing")
         array = arrays[name]
+        if isinstance(array, QuantizedArray) and not packable[name]:
+            array = quant.dequantize(array)
         wanted = (variable.get_value() if hasattr(variable, "get_value") else variable.value).shape
         if tuple(array.shape) != tuple(wanted):
             raise DS4Error(f"tensor {name} has shape {tuple(array.shape)}; the config asks for {tuple(wanted)}")

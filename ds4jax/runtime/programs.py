@@ -85,7 +85,8 @@ class Programs:
         self.graphdef, self.state = graphdef, state
         usable = np.ones(self._model(state).config.vocab_size, bool)
         usable[list(unused)] = False
-        (device,) = jax.tree.leaves(state)[0].devices()
+        leaf = jax.tree.leaves(state)[0]  # shapes alone (to compile without weights) are on no device
+        device = next(iter(leaf.devices())) if isinstance(leaf, jax.Array) else None
         self.usable = jax.device_put(usable, device)  # an argument of decode, not part of the program
 
     def _model(self, state) -> Transformer:
