@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ds4jax.cli import console, options
-from ds4jax.cli.generate import Clock, one_line
+from ds4jax.cli.timing import Clock
 from ds4jax.errors import DS4Error
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ class Conversation:
         output = clock.outputs[0]
         self.messages = [*said, output.message]
         if not self.quiet:
-            console.note(one_line(output, clock.timings(0), kept=self._kept(before)))
+            console.note(clock.summary(self._kept(before)))
         if output.finish_reason == "context":
             console.note("the context is full: /new starts over", "yellow")
 

@@ -58,25 +58,28 @@ def error(text: str) -> None:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]], numbers: Collection[int] = ()) -> None:
     """A table on stdout. `numbers`: the columns that stand to the right. A header of empty strings is left out."""
-    cells = [[str(c) for c in row] for row in rows]
-    right = [i in numbers for i in range(len(header))]
-    if is_terminal(sys.stdout):
-        from rich import box
-        from rich.table import Table
-        from rich.text import Text
-
-        drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_header=any(header))
-        for name, r in zip(header, right, strict=True):
-            drawn.add_column(name, justify="right" if r else "left", overflow="fold")
-        for row in cells:
-            drawn.add_row(*(Text(visible(c)) for c in row))
-        _rich(sys.stdout).print(drawn)
+    if not is_terminal(sys.stdout):
+        listing(header, rows, numbers)
         return
-    lines = [list(header), *cells] if any(header) else cells
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_header=any(header))
+    for i, name in enumerate(header):
+        drawn.add_column(name, justify="right" if i in numbers else "left", overflow="fold")
+    for row in rows:
+        drawn.add_row(*(Text(visible(str(c))) for c in row))
+    _rich(sys.stdout).print(drawn)
+
+
+def listing(header: Sequence[str], rows: Sequence[Sequence[Any]], numbers: Collection[int] = ()) -> None:
+    """As `table`, in plain aligned columns that never wrap: for pipes and long lists."""
+    lines = [[str(c) for c in row] for row in ([header] if any(header) else []) + list(rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
-        padded = (c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True))
-        print("  ".join(padded).rstrip())
+        cells = (c.rjust(w) if i in numbers else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+        print("  ".join(cells).rstrip())
     print()
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ds4jax.cli import console, options
+from ds4jax.cli.timing import Clock
 from ds4jax.errors import DS4Error
 
 if TYPE_CHECKING:
@@ -193,65 +193,3 @@ def _record(lm: LM, output: Output, timings: dict[str, float]) -> dict[str, Any]
             [{"token": t, "text": piece(t), "logprob": p} for t, p in place.items()] for place in output.top_logprobs
         ]
     return record | {"timings": timings}
-
-
-class Clock:
-    """Times a stream of chunks and keeps its results.
-
-    What comes before a prompt's first tokens counts as its prefill: compiling and waiting for a slot, too.
-    """
-
-    def __init__(self, prompts: int):
-        self.start = time.perf_counter()
-        self.first: dict[int, tuple[float, int]] = {}  # prompt -> seconds, tokens of its first chunk
-        self.last: dict[int, float] = {}
-        self.outputs: dict[int, Output] = {}
-        self.prompts = prompts
-
-    def watch(self, stream: Iterator[Chunk]) -> Iterator[Chunk]:
-        for chunk in stream:
-            now = time.perf_counter() - self.start
-            if chunk.tokens:
-                self.first.setdefault(chunk.index, (now, len(chunk.tokens)))
-            self.last[chunk.index] = now
-            if chunk.output is not None:
-                self.outputs[chunk.index] = chunk.output
-            yield chunk
-
-    def timings(self, i: int) -> dict[str, float]:
-        """Seconds until the first tokens and in all, and the rates before and after those first tokens."""
-        output, end = self.outputs[i], self.last[i]
-        first, n = self.first.get(i, (end, 0))
-        after = len(output.tokens) - n
-        out = {"first_s": first, "total_s": end, "prefill_tokens_per_s": output.prompt_tokens / max(first, 1e-9)}
-        if after > 0:
-            out["decode_tokens_per_s"] = after / max(end - first, 1e-9)
-        return {k: round(v, 3) for k, v in out.items()}
-
-    def summary(self) -> str:
-        if not self.outputs:
-            return "nothing was written"
-        outputs = self.outputs.values()
-        prompt_tokens, tokens = sum(o.prompt_tokens for o in outputs), sum(len(o.tokens) for o in outputs)
-        if self.prompts > 1:
-            end = max(self.last.values())
-            return (
-                f"{self.prompts} prompts: {prompt_tokens} prompt tokens, {tokens} tokens in {end:.2f} s "
-                f"({tokens / max(end, 1e-9):.1f} tokens/s)"
-            )
-        return one_line(self.outputs[0], self.timings(0))
-
-
-def one_line(output: Output, timings: dict[str, float], kept: int = 0) -> str:
-    """A result's numbers for the person who waited; `kept`: tokens of the prompt that were in the cache before."""
-    new, decoded = output.prompt_tokens - kept, f"decode {len(output.tokens)} tokens"
-    if "decode_tokens_per_s" in timings:
-        decoded += f" ({timings['decode_tokens_per_s']:.1f}/s)"
-    rate = new / max(timings["first_s"], 1e-3)
-    parts = [f"prefill {new} tokens in {timings['first_s']:.2f} s ({rate:.1f}/s)", decoded, f"seed {output.seed}"]
-    if kept:
-        parts.insert(0, f"{kept} tokens kept")
-    ends = {"length": "cut at --max-tokens", "context": "the context is full"}
-    if output.finish_reason in ends:
-        parts.append(ends[output.finish_reason])
-    return " · ".join(parts)

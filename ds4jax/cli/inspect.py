@@ -132,7 +132,7 @@ def _write(ckpt: Checkpoint, contents: Contents, plan: dict[str, Any], tensors: 
         most = f"the largest context that fits is {largest}" if largest else "not even the weights fit"
         print(f"This {verdict} {format_bytes(plan['device'])}; {most}.")
     if tensors:
-        console.table(
+        console.listing(
             ("tensor", "in the file", "type", "shape", "size"),
             [(t.path, t.name, t.format, "×".join(map(str, t.shape)), format_bytes(t.nbytes))
              for t in ckpt.tensors.values()],

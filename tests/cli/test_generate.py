@@ -18,7 +18,7 @@ def test_text(cli, random_gguf, lm):
     assert result.out == wanted.text + "\n"
     device, summary = result.err.splitlines()
     assert device.startswith("ds4jax: ")
-    assert summary.startswith(f"prefill {wanted.prompt_tokens} tokens in ") and "seed 4" in summary
+    assert summary.startswith(f"prefill {wanted.prompt_tokens} tokens (") and "seed 4" in summary
     quiet = cli("generate", random_gguf, "the cat", *SHORT, "--quiet", "--echo")
     assert (quiet.out, quiet.err) == ("the cat" + result.out, "")
 
