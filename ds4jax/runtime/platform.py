@@ -80,8 +80,10 @@ def choose(*, device: str | jax.Device | None = None, dtype: str | None = None, 
 
 
 def _device(name: str) -> jax.Device:
-    kind, _, number = name.lower().partition(":")
+    kind, colon, number = name.lower().partition(":")
     try:
+        if colon and not number.isdecimal():
+            raise ValueError(number)
         return jax.devices(kind)[int(number or 0)]
     except (RuntimeError, ValueError, IndexError):
         found = [*jax.devices(), *jax.devices("cpu")]

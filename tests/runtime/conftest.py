@@ -13,6 +13,7 @@ import ds4jax
 from ds4jax.chat import Tokenizer, to_gguf_metadata, train_bpe
 from ds4jax.model import Config
 from ds4jax.model.params import param_shapes
+from ds4jax.runtime import programs
 from ds4jax.weights import write_gguf
 
 CONTEXT = 192
@@ -74,6 +75,14 @@ def gguf_path(tmp_path_factory, config, arrays, tokenizer):
     path = tmp_path_factory.mktemp("runtime") / "tiny.gguf"
     write_model(path, config, arrays, tokenizer)
     return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_chunks() -> Iterator[None]:
+    """One chunk length: fewer programs to compile, and long prompts take several chunks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(programs, "CHUNKS", (32,))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ds4jax import DS4Error
-from ds4jax.runtime import Engine, Request, Sampling
+from ds4jax.runtime import Engine, Request, Sampling, programs
 from ds4jax.runtime.engine import BURST
 from tests.runtime.conftest import CONTEXT, weights_of
 
@@ -356,6 +356,15 @@ def test_options_are_data(lm, engine):
         Request(prompt(2), 5),
     )
     assert (decode._cache_size(), prefill._cache_size()) == before
+
+
+def test_chunk_lengths(monkeypatch):
+    monkeypatch.setattr(programs, "CHUNKS", (32, 256, 2048))
+    for tokens, slots, length in (
+        (1, 1, 32), (32, 1, 32), (33, 1, 256), (257, 1, 2048), (10**6, 1, 2048), (300, 4, 2048), (300, 8, 256),
+        (10**6, 32, 256), (10**6, 64, 32), (5, 10**4, 32),
+    ):  # fmt: skip
+        assert programs.chunk_length(tokens, slots) == length
 
 
 def test_python_is_not_in_the_loop(lm, engine, monkeypatch):

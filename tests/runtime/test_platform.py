@@ -1,0 +1,102 @@
+"""Choosing where to run."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from ds4jax import DS4Error
+from ds4jax.runtime import choose, platform
+
+
+@dataclasses.dataclass
+class FakeClient:
+    platform_version: str
+
+
+@dataclasses.dataclass
+class FakeDevice:
+    """What is read of a JAX device."""
+
+    platform: str
+    client: FakeClient
+    stats: dict | None = None
+    device_kind: str = "Fake 9000"
+    id: int = 0
+
+    def memory_stats(self):
+        return self.stats
+
+
+def gpu(version: str, stats=None) -> FakeDevice:
+    return FakeDevice("gpu", FakeClient(version), stats)
+
+
+def test_cpu_computes_in_float32_and_has_the_machines_memory():
+    p = choose(device="cpu")
+    assert p.kind == "cpu" and p.device.platform == "cpu" and p.dtype == jnp.float32 and p.kernels == "xla"
+    assert p.memory > 1 << 30
+    assert choose(device="CPU").device == choose(device="cpu:0").device == p.device
+    assert choose(device=p.device).device is p.device
+    assert choose(device="cpu", dtype="bfloat16").dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+    "device, kind, dtype, memory",
+    [
+        (gpu("PJRT C API cuda 13000", {"bytes_limit": 5 << 30}), "cuda", jnp.bfloat16, 5 << 30),
+        (gpu("PJRT C API rocm 70000"), "rocm", jnp.bfloat16, None),
+        (FakeDevice("METAL", FakeClient("metal")), "metal", jnp.bfloat16, None),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_accelerators(device, kind, dtype, memory):
+    p = choose(device=device)
+    assert (p.kind, p.dtype, p.memory) == (kind, dtype, memory)
+    assert choose(device=device, dtype="float32").dtype == jnp.float32
+
+
+def test_one_line_says_what_was_chosen_and_why():
+    line = str(choose(device=gpu("cuda", {"bytes_limit": 80 << 30})))
+    for part in ("cuda", "Fake 9000", "80 GiB", "bfloat16", "xla kernels", "as asked"):
+        assert part in line
+    assert "\n" not in line
+    assert "first device" in str(choose())
+    assert "xla as asked" in str(choose(kernels="xla"))
+
+
+@pytest.mark.parametrize("name", ["warp", "cpu:99", "cpu:-1", "cpu:", "cpu:x", "cpu:1.5", "tpu9"])
+def test_missing_devices_are_named_with_those_that_exist(name):
+    with pytest.raises(DS4Error, match=rf"device '{name}': JAX sees only .*cpu:0.*install an extra such as") as e:
+        choose(device=name)
+    assert "\n" not in str(e.value)
+
+
+def test_a_numbered_device(monkeypatch):
+    two = [gpu("cuda"), dataclasses.replace(gpu("cuda"), id=1)]
+    monkeypatch.setattr(jax, "devices", lambda kind=None: two)
+    assert choose(device="cuda:1").device is two[1] and choose(device="gpu").device is two[0]
+    with pytest.raises(DS4Error, match="JAX sees only cuda:0, cuda:1 here"):
+        choose(device="cuda:2")
+
+
+def test_unknown_dtypes_and_kernels():
+    with pytest.raises(DS4Error, match="dtype 'float16': choose one of float32, bfloat16"):
+        choose(dtype="float16")
+    with pytest.raises(DS4Error, match="kernels 'fast': choose auto or xla"):
+        choose(kernels="fast")
+
+
+def test_compiled_programs_are_kept_where_the_user_says(monkeypatch, tmp_path):
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        platform.use_compilation_cache()
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "ds4jax" / "xla")
+        jax.config.update("jax_compilation_cache_dir", "/elsewhere")
+        platform.use_compilation_cache()
+        assert jax.config.jax_compilation_cache_dir == "/elsewhere"
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
