@@ -106,6 +106,16 @@ def _pow2_ceil(x: Array) -> Array:
     return jax.lax.bitcast_convert_type(exponent << 23, jnp.float32)
 
 
+def round_e4m3(x: Array) -> Array:
+    """Nearest float8_e4m3fn value of float32 x, ties to even; |x| above 448 gives 448.
+
+    In arithmetic: XLA may drop a conversion to float8 and back as excess precision, and on GPUs it does.
+    """
+    exponent = (jax.lax.bitcast_convert_type(x, jnp.int32) >> 23 & 0xFF) - 127
+    step = jax.lax.bitcast_convert_type((jnp.maximum(exponent, -6) - 3 + 127) << 23, jnp.float32)
+    return jnp.clip(jnp.round(x / step) * step, -448.0, 448.0)
+
+
 def simulate_fp8(x: Array, rotary_dims: int) -> Array:
     """Round a KV entry as the FP8 cache would: e4m3 with a power-of-two scale per 64 channels.
 
@@ -121,8 +131,7 @@ def simulate_fp8(x: Array, rotary_dims: int) -> Array:
     grouped = jnp.pad(flat, [(0, 0)] * (flat.ndim - 1) + [(0, pad)]).reshape(*flat.shape[:-1], -1, group)
     amax = jnp.max(jnp.abs(grouped), axis=-1, keepdims=True)
     scale = _pow2_ceil(jnp.maximum(amax, 1e-4) / 448.0)
-    codes = jnp.clip(grouped / scale, -448.0, 448.0).astype(jnp.float8_e4m3fn)
-    rounded = (codes.astype(jnp.float32) * scale).reshape(*flat.shape[:-1], n + pad)[..., :n]
+    rounded = (round_e4m3(grouped / scale) * scale).reshape(*flat.shape[:-1], n + pad)[..., :n]
     rounded = _straight_through(flat, rounded).astype(x.dtype)
     return jnp.concatenate([rounded, x[..., n:]], axis=-1)
 
