@@ -2,7 +2,20 @@
 
 from ds4jax.model.cache import Cache, LayerCache, cache_nbytes, init_cache, reset_slots
 from ds4jax.model.config import Config
-from ds4jax.model.sites import NO_TAP, Tap
+from ds4jax.model.sites import NO_TAP, Site, Tap, match_sites, site_table
 from ds4jax.model.transformer import Transformer
 
-__all__ = ["NO_TAP", "Cache", "Config", "LayerCache", "Tap", "Transformer", "cache_nbytes", "init_cache", "reset_slots"]
+__all__ = [
+    "NO_TAP",
+    "Cache",
+    "Config",
+    "LayerCache",
+    "Site",
+    "Tap",
+    "Transformer",
+    "cache_nbytes",
+    "init_cache",
+    "match_sites",
+    "reset_slots",
+    "site_table",
+]

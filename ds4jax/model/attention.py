@@ -173,7 +173,7 @@ class Attention(nnx.Module):
             index_query = self.indexer.queries(x, qr, step)
         attend_all = self._decode if T == 1 else self._prefill
         o, window = attend_all(q, kv, index_query, step, cache, tap)
-        o = rotate(o, step.positions, freqs, inverse=True)
+        o = tap("heads", rotate(o, step.positions, freqs, inverse=True))
         grouped = value(self.wo_a.weight).reshape(G, c.o_lora_rank, H // G * d)
         low = quant.matmul(o.reshape(B, T, G, H // G * d), grouped)
         return self.wo_b(low.reshape(B, T, -1)), dataclasses.replace(cache, window=window)
@@ -214,6 +214,22 @@ class Attention(nnx.Module):
         """Up to how many entries a prefill of a CSA layer reads all of them and masks."""
         return max(4 * self.config.index_topk, 1024)
 
+    def _floats_per_query(self, size: int, cache: LayerCache) -> int:
+        """About how many float32 a query of a block of `size` needs at once: the attention's, or the indexer's."""
+        c = self.config
+        near = c.num_attention_heads * (size + c.sliding_window)
+        if not self.ratio:
+            return near
+        B, N = cache.entries.shape[:2]
+        if self.ratio != 4:
+            return near + c.num_attention_heads * N
+        if N <= self._dense_limit():
+            far = c.num_attention_heads * N
+        else:
+            far = c.index_topk * (c.num_attention_heads + c.head_dim)
+        tile = min(N, max(512, SCORE_BYTES // (4 * B * size * c.index_n_heads)))  # as in `Indexer.scores`
+        return max(near + far, 4 * N + c.index_n_heads * tile)  # scores, masked scores, and what top-k sorts
+
     def _decode(self, q, kv, index_query, step, cache, tap):
         """One token a slot: write it into the ring, then read the ring as it lies."""
         W = self.config.sliding_window
@@ -224,7 +240,8 @@ class Attention(nnx.Module):
         in_window = (age <= step.start[:, None])[:, None]
         selected, seen = self._selected(step.positions, index_query, cache)
         o, pattern = attend(q, [(window.astype(q.dtype), in_window), *selected], value(self.sink))
-        for name, array in self._sites(tap, selected, seen, pattern).items():
+        back = lambda: age[:, None]  # noqa: E731  ring slot i has age start - i, so age j lies in slot start - j
+        for name, array in self._sites(tap, selected, seen, pattern, back).items():
             tap(name, array)
         return o, window
 
@@ -258,10 +275,9 @@ class Attention(nnx.Module):
             positions = start[:, None] + at + query[:, 0]
             selected, seen = self._selected(positions, index_block, cache)
             o, pattern = attend(q_block, [(near, mask), *selected], sink)
-            return o, self._sites(tap, selected, seen, pattern)
+            return o, self._sites(tap, selected, seen, pattern, lambda: (query + W - key[:, :W])[None])
 
-        width = size + W + (min(cache.entries.shape[1], self._dense_limit()) if self.ratio else 0)
-        group = max(1, min(blocks, SCORE_BYTES // (4 * B * H * size * width)))
+        group = max(1, min(blocks, SCORE_BYTES // (4 * B * size * self._floats_per_query(size, cache))))
         while blocks % group:  # whole groups, so that one program serves all
             group -= 1
         if blocks == 1:
@@ -279,11 +295,24 @@ class Attention(nnx.Module):
         return o, window.astype(cache.window.dtype)
 
     @staticmethod
-    def _sites(tap: Tap, selected: list, seen: dict[str, Array], pattern: Array) -> dict[str, Array]:
-        """Those of the read-only sites that `tap` wants; blocks of queries return them, so that they can be joined."""
+    def _sites(tap: Tap, selected: list, seen: dict[str, Array], pattern: Array, back) -> dict[str, Array]:
+        """Those of the read-only sites that `tap` wants; blocks of queries return them, so that they can be joined.
+
+        pattern [B, Q, H, n]: as `attend` gives it, its first keys being the window's; back() [1 or B, 1 or Q, W]:
+        which of them is the key j tokens back.
+        """
         sites = {name: seen[name] for name in ("indexer.scores", "indexer.topk") if name in seen and tap.wants(name)}
         if tap.wants("pattern"):
-            sites["pattern"] = pattern
+            sites["pattern"] = jnp.take_along_axis(pattern, back()[:, :, None], axis=-1)
+        if selected and tap.wants("pattern_entries"):
+            keys, mask = selected[0]
+            of_entries = pattern[..., -mask.shape[-1] :]
+            if keys.ndim == 4:  # a gathered set for each query: put each probability in its entry's place
+                N = seen["indexer.scores"].shape[-1]
+                number = jnp.where(mask, seen["indexer.topk"], N)
+                put = lambda p, i: jnp.zeros((p.shape[0], N), p.dtype).at[:, i].set(p, mode="drop")  # noqa: E731
+                of_entries = jax.vmap(jax.vmap(put))(of_entries, number)
+            sites["pattern_entries"] = of_entries
         if "scores" in seen and tap.wants("indexer.kl"):
             mask = selected[0][1]
             sites["indexer.kl"] = divergence(pattern[..., -mask.shape[-1] :], seen["scores"], mask)

@@ -49,7 +49,7 @@ class Block(nnx.Module):
         streams = tap("streams_in", streams)
         x, post, comb = self._enter(streams, self.hc_attn, self.attn_norm, tap, "attn")
         y, cache = self.attn(x, step, cache, tap.scope("attn"))
-        streams = fold(streams, tap("attn_out", y), post, comb)
+        streams = tap("streams_mid", fold(streams, tap("attn_out", y), post, comb))
         x, post, comb = self._enter(streams, self.hc_ffn, self.ffn_norm, tap, "ffn")
         y = self.ffn(x, step.tokens, tap)
         streams = fold(streams, tap("ffn_out", y), post, comb)
