@@ -5,6 +5,7 @@ number count, and single tokens. The yardstick is one chunk of 257.
 """
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ds4jax import runtime
-from ds4jax.model import Config, init_cache, reset_slots
+from ds4jax.model import Config, attention, init_cache, reset_slots
 from tests.conftest import load_script
 
 oracle = load_script("oracle_transformers")
@@ -137,7 +138,7 @@ def cut(draw):
     return out
 
 
-@settings(max_examples=50, deadline=None, derandomize=True, database=None)
+@settings(max_examples=30, deadline=None, derandomize=True, database=None)
 @given(cuts=st.tuples(*[cut()] * ROWS), seed=st.integers(0, 99))
 def test_any_cut_in_any_company(cuts, seed):
     rows, _ = play(cuts, seed=seed)
@@ -173,13 +174,34 @@ def test_what_a_cache_held_before_is_never_seen():
     assert worst(rows).max() <= TOLERANCE
 
 
+def test_gathering_entries_equals_masking_them(monkeypatch):
+    """Long contexts take other paths: chosen entries gathered for each query, indexer scores and queries in tiles."""
+    monkeypatch.setattr(attention.Attention, "_dense_limit", lambda self: 0)
+    monkeypatch.setattr(attention, "SCORE_BYTES", 1)
+    fresh = runtime.Programs(programs(False).graphdef, programs(False).state)
+    logits, _ = fresh.logits(init_cache(CONFIG, ROWS, LENGTH), jnp.asarray(TOKENS), jnp.array([LENGTH, 130, 0]))
+    assert np.abs(logits[0] - one_pass(False)[0]).max() <= TOLERANCE
+    assert np.abs(logits[1, :130] - one_pass(False)[1, :130]).max() <= TOLERANCE
+
+
+def test_indexer_scores_in_tiles_equal_whole_ones(monkeypatch):
+    random = np.random.default_rng(0)
+    q, w, keys = (jnp.asarray(random.standard_normal(s), jnp.float32) for s in ((2, 3, 4, 8), (2, 3, 4), (2, 1300, 8)))
+    indexer = types.SimpleNamespace(di=8)
+    whole = attention.Indexer.scores(indexer, q, w, keys)
+    monkeypatch.setattr(attention, "SCORE_BYTES", 1)
+    tiled = attention.Indexer.scores(indexer, q, w, keys)
+    wanted = np.einsum("bqh,bqhn->bqn", w, np.maximum(0, np.einsum("bqhd,bnd->bqhn", q, keys)))
+    np.testing.assert_allclose(whole, wanted, atol=1e-5)
+    np.testing.assert_allclose(tiled, wanted, atol=1e-5)
+
+
 @pytest.mark.parametrize("capacity", [3, 4])
 def test_a_cache_smaller_than_a_block(capacity):
     """No room for an entry of 128, and one or none of 4; the window is longer than the cache."""
     cache = init_cache(CONFIG, 1, capacity)
-    run = programs(False)
     for i in range(capacity):
-        logits, cache = run.logits(cache, jnp.asarray(TOKENS[:1, i : i + 1]), jnp.ones((1,), jnp.int32))
+        logits, cache = call(cache, False, TOKENS[:1, i : i + 1], [1])
         assert np.abs(logits[0, 0] - one_pass(False)[0, i]).max() <= TOLERANCE
 
 
