@@ -11,6 +11,10 @@ $(VENV)/installed: pyproject.toml
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@
 
+demo: $(VENV)/installed
+	$(BIN)/ds4jax inspect nano
+	$(BIN)/ds4jax generate nano "Once upon a time" --echo --max-tokens 200 --temperature 0.8 --seed 7
+
 test: $(VENV)/installed
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m 'not full' -n 2
 
