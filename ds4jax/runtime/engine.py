@@ -15,6 +15,8 @@ import numpy as np
 
 from ds4jax.errors import DS4Error
 from ds4jax.model import Cache, Config, init_cache
+from ds4jax.runtime import edits as editing
+from ds4jax.runtime.edits import Edit, Edits, EditTable, Track
 from ds4jax.runtime.programs import MAX_EOS, MAX_TOP, Programs, Slots, chunk_length
 from ds4jax.runtime.sampling import Sampling
 
@@ -23,11 +25,15 @@ BURST = 8  # tokens per dispatch
 
 @dataclasses.dataclass(frozen=True)
 class Prefix:
-    """Tokens that are already in a cache of one slot, to begin requests from, in engines of the same capacity."""
+    """Tokens that are already in a cache of one slot, to begin requests from, in engines of the same capacity.
+
+    edits: those under which the tokens were computed, of requests that begin with them.
+    """
 
     tokens: tuple[int, ...]
     cache: Cache
     capacity: int
+    edits: tuple[Edit, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +46,9 @@ class Request:
       max_tokens: how many tokens to choose at most.
       eos: token ids that end the sequence (at most 8).
       top_logprobs: for each chosen token also the n likeliest.
+      edits: what is done to the activations of this sequence; positions count from its beginning.
+      reply_state: the state of the region automaton before the first chosen token, for edits that follow the reply.
+      sites: names of sites to report for each chosen token.
     """
 
     tokens: Sequence[int]
@@ -48,6 +57,9 @@ class Request:
     eos: Sequence[int] = ()
     top_logprobs: int = 0
     prefix: Prefix | None = None
+    edits: Sequence[Edit] = ()
+    reply_state: int = 0
+    sites: Sequence[str] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +72,7 @@ class Burst:
       top: per token, the (token, logprob) pairs of the likeliest; empty unless asked for.
       finish: None while it goes on; "stop" (an eos token, which is the last of `tokens`), "length" (max_tokens) or
         "context" (the context is full).
+      sites: by name [n, …], of the passes that chose the n tokens; the ones the request asks for.
     """
 
     request: int
@@ -67,6 +80,7 @@ class Burst:
     logprobs: list[float]
     top: list[list[tuple[int, float]]]
     finish: str | None
+    sites: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -100,6 +114,8 @@ class Engine:
         self._running: list[_Running | None] = [None] * self.n_slots
         self._pending: collections.deque[tuple[int, Request]] = collections.deque()
         self._in_flight = None
+        self._edits: EditTable | None = None
+        self._track: Track | None = None
 
     @property
     def busy(self) -> bool:
@@ -124,6 +140,8 @@ class Engine:
                 raise DS4Error("the prefix is not a beginning of the prompt: extend one that is, or leave it out")
             if request.prefix.capacity != self.capacity:
                 raise DS4Error(f"the prefix is from a context of {request.prefix.capacity}, this is {self.capacity}")
+            if _prompt_keys(request.prefix.edits) != _prompt_keys(request.edits):
+                raise DS4Error("the prefix was computed under other interventions: extend one under the same")
         for name, value, low, high in (
             ("max_tokens", request.max_tokens, 1, None),
             ("top_logprobs", request.top_logprobs, 0, MAX_TOP),
@@ -192,35 +210,64 @@ class Engine:
             limit = min(request.max_tokens, self.capacity - len(request.tokens))
             new.begin(slot, int(request.tokens[-1]), limit, request.sampling, request.eos)
             self._running[slot] = _Running(number, request, limit)
-        self.cache = self._prefill(self.cache, self.n_slots, heads)
+        self._admit_edits(admitted, which)
+        self.cache = self._prefill(self.cache, self.n_slots, heads, self._edits)
         self.slots = self.programs.admit(self.slots, which, new)
 
-    def extend(self, prefix: Prefix | None, tokens: Sequence[int]) -> Prefix:
-        """A prefix that holds `tokens`, computed from `prefix` where they begin with its tokens."""
-        tokens = tuple(int(t) for t in tokens)
+    def _admit_edits(self, admitted: dict[int, tuple[int, Request]], which: np.ndarray) -> None:
+        if self._edits is None:
+            if not any(request.edits for _, request in admitted.values()):
+                return
+            self._edits = self._new_edits(self.n_slots)
+            self._track = jax.device_put(Track.empty(self.n_slots), self.device)
+        new = Track.empty(self.n_slots)
+        for slot, (_, request) in admitted.items():
+            self._edits.set(slot, request.edits)
+            new.state[slot] = request.reply_state
+        # the prompt's last token, which decode feeds, is still prompt
+        self._track = editing.admit(self._track, which, new)
+
+    def _new_edits(self, slots: int) -> EditTable:
+        return EditTable(self.config, slots, self.programs.regions, self.device)
+
+    def extend(self, prefix: Prefix | None, tokens: Sequence[int], edits: Sequence[Edit] = ()) -> Prefix:
+        """A prefix that holds `tokens`, computed from `prefix` where they begin with its tokens under these edits."""
+        tokens, edits = tuple(int(t) for t in tokens), tuple(edits)
         done = len(prefix.tokens) if prefix and tokens[: len(prefix.tokens)] == prefix.tokens else 0
+        if done and _prompt_keys(prefix.edits) != _prompt_keys(edits):
+            done = 0
         if len(tokens) >= self.capacity:
             raise DS4Error(f"{len(tokens)} tokens do not fit the context of {self.capacity}")
         # prefill donates its cache; a copy keeps the old prefix usable
         cache = jax.tree.map(jnp.copy, prefix.cache) if done else self._new_cache(1)
-        cache = self._prefill(cache, 1, {0: np.asarray(tokens[done:], np.int32)})
-        return Prefix(tokens, cache, self.capacity)
+        table = None
+        if _prompt_keys(edits):
+            table = self._new_edits(1)
+            table.set(0, edits)
+        cache = self._prefill(cache, 1, {0: np.asarray(tokens[done:], np.int32)}, table)
+        return Prefix(tokens, cache, self.capacity, edits)
 
     def _new_cache(self, slots: int) -> Cache:
         with jax.default_device(self.device):
             # put on the device for good, so that no later step can move it
             return jax.device_put(init_cache(self.config, slots, self.capacity, self.dtype), self.device)
 
-    def _prefill(self, cache: Cache, n_slots: int, rows: dict[int, np.ndarray]) -> Cache:
+    def _prefill(
+        self, cache: Cache, n_slots: int, rows: dict[int, np.ndarray], table: EditTable | None = None
+    ) -> Cache:
         """Feed `rows` {slot: tokens} to a cache of `n_slots`: together while most slots have tokens left, then one by
         one in a cache of one slot, whose programs serve any number of slots."""
         at = 0
+
+        def edits_of(first: int, end: int) -> Edits | None:
+            return None if table is None else table.edits(first, end, prompt=True)
+
         while rows := {slot: row for slot, row in rows.items() if len(row) > at}:
             if n_slots == 1:
-                return self._prefill_one(cache, rows[0])
+                return self._prefill_one(cache, rows[0], edits_of(0, 1))
             if 2 * len(rows) <= n_slots:
                 for slot, row in rows.items():
-                    one = self._prefill_one(self.programs.take(cache, slot), row[at:])
+                    one = self._prefill_one(self.programs.take(cache, slot), row[at:], edits_of(slot, slot + 1))
                     cache = self.programs.put(cache, slot, one)
                 return cache
             length = chunk_length(max(map(len, rows.values())) - at, n_slots)
@@ -228,17 +275,21 @@ class Engine:
             for slot, row in rows.items():
                 piece = row[at : at + length]
                 tokens[slot, : len(piece)], n_valid[slot] = piece, len(piece)
-            cache = self.programs.prefill(cache, tokens, n_valid)
+            cache = self._feed(cache, tokens, n_valid, edits_of(0, n_slots))
             at += length
         return cache
 
-    def _prefill_one(self, cache: Cache, row: np.ndarray) -> Cache:
+    def _feed(self, cache: Cache, tokens: np.ndarray, n_valid: np.ndarray, edits: Edits | None) -> Cache:
+        more = () if edits is None else (edits,)
+        return self.programs.prefill(cache, tokens, n_valid, *more)
+
+    def _prefill_one(self, cache: Cache, row: np.ndarray, edits: Edits | None) -> Cache:
         while len(row):
             length = chunk_length(len(row))
             piece, row = row[:length], row[length:]
             tokens = np.zeros((1, length), np.int32)
             tokens[0, : len(piece)] = piece
-            cache = self.programs.prefill(cache, tokens, np.asarray([len(piece)], np.int32))
+            cache = self._feed(cache, tokens, np.asarray([len(piece)], np.int32), edits)
         return cache
 
     def _dispatch(self):
@@ -246,9 +297,20 @@ class Engine:
         going = [r for r in running if r is not None]
         if not going:
             return None
-        self.cache, self.slots, out = self.programs.decode(
-            self.cache, self.slots, steps=BURST, top_logprobs=any(r.request.top_logprobs for r in going)
-        )
+        top = any(r.request.top_logprobs for r in going)
+        sites = tuple(dict.fromkeys(s for r in going for s in r.request.sites))
+        edited = any(r.request.edits for r in going)
+        if not edited:
+            self._edits = self._track = None  # of slots that are done
+        if edited or sites:
+            edits, track = (self._edits.edits(), self._track) if edited else (None, None)
+            self.cache, self.slots, track, *out = self.programs.decode_edited(
+                self.cache, self.slots, track, edits, steps=BURST, top_logprobs=top, sites=sites
+            )
+            self._track = track
+        else:
+            self.cache, self.slots, out = self.programs.decode(self.cache, self.slots, steps=BURST, top_logprobs=top)
+            out = (out, {})
         for slot, r in enumerate(running):
             if r is not None:
                 r.asked += BURST
@@ -258,7 +320,7 @@ class Engine:
 
     def _collect(self, in_flight) -> list[Burst]:
         running, out = in_flight
-        tokens, logprobs, top_ids, top_logprobs = jax.device_get(out)
+        (tokens, logprobs, top_ids, top_logprobs), seen = jax.device_get(out)
         bursts = []
         for slot, r in enumerate(running):
             if r is None or r.over:
@@ -284,5 +346,11 @@ class Engine:
                 r.over = True
                 if self._running[slot] is r:
                     self._running[slot] = None
-            bursts.append(Burst(r.number, chosen, values, top, finish))
+            sites = {name: seen[name][:n, slot].copy() for name in r.request.sites}
+            bursts.append(Burst(r.number, chosen, values, top, finish, sites))
         return bursts
+
+
+def _prompt_keys(edits: Sequence[Edit]) -> tuple:
+    """What a prompt's cache depends on."""
+    return tuple(e.key for e in edits if e.in_prompt)

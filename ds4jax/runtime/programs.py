@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ds4jax.model import NO_TAP, Cache, Transformer, reset_slots
+from ds4jax.model import NO_TAP, Cache, Tap, Transformer, reset_slots
+from ds4jax.runtime.edits import Edits, Regions, Track
 from ds4jax.runtime.sampling import Sampling, sample
 
 Array = jax.Array
@@ -79,10 +80,13 @@ class Programs:
     Args:
       graphdef, state: `nnx.split` of a `Transformer`.
       unused: token ids that must never be chosen, such as padding of the vocabulary.
+      regions: the tables that tell the parts of a reply apart; needed by edits that do.
     """
 
-    def __init__(self, graphdef: nnx.GraphDef, state: nnx.State, unused: Collection[int] = ()):
-        self.graphdef, self.state = graphdef, state
+    def __init__(
+        self, graphdef: nnx.GraphDef, state: nnx.State, unused: Collection[int] = (), regions: Regions | None = None
+    ):
+        self.graphdef, self.state, self.regions = graphdef, state, regions
         usable = np.ones(self._model(state).config.vocab_size, bool)
         usable[list(unused)] = False
         leaf = jax.tree.leaves(state)[0]  # shapes alone (to compile without weights) are on no device
@@ -92,29 +96,63 @@ class Programs:
     def _model(self, state) -> Transformer:
         return nnx.merge(self.graphdef, state)
 
-    def prefill(self, cache: Cache, tokens: Array, n_valid: Array) -> Cache:
-        """Feed tokens [B, T] to the slots, the first n_valid [B] of each row."""
-        return self._prefill(self.state, cache, tokens, n_valid)
+    def prefill(self, cache: Cache, tokens: Array, n_valid: Array, edits: Edits | None = None) -> Cache:
+        """Feed tokens [B, T] to the slots, the first n_valid [B] of each row; for `edits` they are all prompt."""
+        return self._prefill(self.state, cache, tokens, n_valid, edits)
 
     @functools.cached_property
     def _prefill(self):
-        def run(state, cache, tokens, n_valid):
-            return self._model(state).forward(tokens, cache, n_valid)[1]
+        def run(state, cache, tokens, n_valid, edits=None):
+            return self._model(state).forward(tokens, cache, n_valid, tap=_tap(edits, cache, tokens))[1]
 
         return jax.jit(run, donate_argnums=1)
 
-    def logits(self, cache: Cache, tokens: Array, n_valid: Array) -> tuple[Array, Cache]:
-        """Teacher-forced logits of a chunk: tokens [B, T] → float32 [B, T, V]."""
-        return self._logits(self.state, cache, tokens, n_valid)
+    def logits(
+        self, cache: Cache, tokens: Array, n_valid: Array, edits: Edits | None = None, region: Array | None = None
+    ) -> tuple[Array, Cache]:
+        """Teacher-forced logits of a chunk: tokens [B, T] → float32 [B, T, V]; region [B, T]: see `Edits.editor`."""
+        return self._logits(self.state, cache, tokens, n_valid, edits, region)
 
     @functools.cached_property
     def _logits(self):
-        def run(state, cache, tokens, n_valid):
-            model = self._model(state)
-            streams, cache = model.forward(tokens, cache, n_valid)
-            return model.logits(streams), cache
+        def run(state, cache, tokens, n_valid, edits=None, region=None):
+            model, tap = self._model(state), _tap(edits, cache, tokens, region)
+            streams, cache = model.forward(tokens, cache, n_valid, tap=tap)
+            return model.logits(streams, tap=tap), cache
 
         return jax.jit(run, donate_argnums=1)
+
+    def read(
+        self, cache: Cache, tokens: Array, n_valid: Array, sites: tuple[str, ...], reduce: Callable, args: Any,
+        edits: Edits | None = None, region: Array | None = None,
+    ) -> tuple[dict[str, Any], Cache]:  # fmt: skip
+        """Read sites of a chunk.
+
+        Args:
+          sites: names, compiled in: what none of them depends on is not computed.
+          reduce: `reduce(name, value [B, T, …], args) -> anything`, compiled in; only its results leave the device.
+          args: a pytree of arrays for `reduce`.
+
+        Returns:
+          Its results by name, and the cache, in which layers after the last that is read are left as they were.
+        """
+        return self._read(self.state, cache, tokens, n_valid, edits, region, args, sites, reduce)
+
+    @functools.cached_property
+    def _read(self):
+        def run(state, cache, tokens, n_valid, edits, region, args, sites, reduce):
+            model, tap = self._model(state), _tap(edits, cache, tokens, region, sites)
+            streams, after = model.forward(tokens, cache, n_valid, tap=tap)
+            last = len(cache.layers) - 1
+            if any(not name.startswith("layers.") and name != "embed" for name in sites):
+                model.logits(streams, tap=tap)
+            else:
+                last = max((int(name.split(".")[1]) for name in sites if name != "embed"), default=-1)
+            layers = after.layers[: last + 1] + cache.layers[last + 1 :]
+            out = {name: reduce(name, tap.store[name], args) for name in sites}
+            return out, dataclasses.replace(after, layers=layers)
+
+        return jax.jit(run, static_argnums=(7, 8), donate_argnums=1)
 
     def decode(self, cache: Cache, slots: Slots, *, steps: int, top_logprobs: bool = False):
         """Choose up to `steps` tokens for every active slot; ends early when no slot is active any more.
@@ -124,30 +162,58 @@ class Programs:
           ids and log-probabilities of the MAX_TOP likeliest tokens [steps, B, MAX_TOP]; without `top_logprobs` the
           last two are not filled in.
         """
-        return self._decode(self.state, cache, slots, self.usable, np.bool_(top_logprobs), steps)
+        cache, slots, _, out, _ = self._decode(
+            self.state, cache, slots, self.usable, np.bool_(top_logprobs), steps, None, None, ()
+        )
+        return cache, slots, out
+
+    def decode_edited(
+        self, cache: Cache, slots: Slots, track: Track | None, edits: Edits | None, *, steps: int,
+        top_logprobs: bool = False, sites: tuple[str, ...] = (),
+    ):  # fmt: skip
+        """As `decode`, with edits and readings.
+
+        Args:
+          track: where each slot's reply stands; donated.
+          edits: None where only `sites` are read.
+          sites: names of sites to read at each step.
+
+        Returns:
+          cache, slots, track, what `decode` returns per step, and the sites: {name: [steps, B, …]}, row i being the
+          pass that chose token i.
+        """
+        return self._decode(
+            self.state, cache, slots, self.usable, np.bool_(top_logprobs), steps, edits, track, tuple(sites)
+        )
 
     @functools.cached_property
     def _decode(self):
-        def run(state, cache, slots, usable, with_top, steps):
+        def run(state, cache, slots, usable, with_top, steps, edits, track, sites):
             model = self._model(state)
 
             def step(carry):
-                cache, s = carry
-                streams, cache = model.forward(s.token[:, None], cache, s.active.astype(jnp.int32), tap=NO_TAP)
-                logits = model.logits(streams)[:, 0]
+                cache, s, track = carry
+                token = s.token[:, None]
+                tap = _tap(edits, cache, token, None if track is None else track.region[:, None], sites)
+                streams, cache = model.forward(token, cache, s.active.astype(jnp.int32), tap=tap)
+                logits = model.logits(streams, tap=tap)[:, 0]
                 token, logprob = sample(logits, s.temperature, s.top_k, s.top_p, s.min_p, s.seed, s.count, usable)
                 ended = jnp.any(token[:, None] == s.eos, axis=-1)
                 left, count = (a + d * s.active for a, d in ((s.left, -1), (s.count, 1)))
                 after = dataclasses.replace(
                     s, token=token, left=left, count=count, active=s.active & ~ended & (left > 0)
                 )
+                if track is not None:
+                    track = track.follow(token, s.active, edits.tables)
                 top = _likeliest(logits, with_top)
-                return (cache, after), (jnp.where(s.active, token, -1), logprob, *top)
+                out = jnp.where(s.active, token, -1), logprob, *top
+                return (cache, after, track), (out, {name: tap.store[name][:, 0] for name in sites})
 
-            (cache, slots), out = _steps(step, (cache, slots), steps, lambda carry: jnp.any(carry[1].active))
-            return cache, slots, out
+            carry = (cache, slots, track)
+            (cache, slots, track), (out, seen) = _steps(step, carry, steps, lambda carry: jnp.any(carry[1].active))
+            return cache, slots, track, out, seen
 
-        return jax.jit(run, static_argnums=5, donate_argnums=(1, 2))
+        return jax.jit(run, static_argnums=(5, 8), donate_argnums=(1, 2, 7))
 
     def admit(self, slots: Slots, which: np.ndarray, new: Slots) -> Slots:
         """Replace the slots where `which` [B] is True by those of `new`."""
@@ -168,6 +234,16 @@ class Programs:
     def reset(self, cache: Cache, which: np.ndarray) -> Cache:
         """Empty the slots where `which` [B] is True."""
         return _reset(cache, which)
+
+
+def _tap(
+    edits: Edits | None, cache: Cache, tokens: Array, region: Array | None = None, sites: Collection[str] = ()
+) -> Tap:
+    """The tap of a pass over tokens [B, T] from where `cache` stands."""
+    if edits is None:
+        return Tap(names=sites) if sites else NO_TAP
+    positions = cache.length[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    return Tap(names=sites, edit=edits.editor(positions, region))
 
 
 def _steps(step: Callable, carry: Any, length: int, going: Callable):
