@@ -98,6 +98,12 @@ class Config:
         """Read a hub `config.json` (or this package's own) as a dict. Unknown keys are ignored."""
         raw = dict(raw)
         scaling = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+        if "compress" in scaling:  # transformers' form: one set for window layers, one for compressed ones
+            scaling, window = scaling["compress"], scaling.get("main", {})
+            raw |= {"compress_rope_theta": scaling.get("rope_theta", raw.get("compress_rope_theta"))}
+            raw |= {"rope_theta": window.get("rope_theta", raw.get("rope_theta"))}
+        if "model_type" in raw and "factor" not in scaling:  # a hub file that names no scaling has none
+            raw.setdefault("rope_factor", 1.0)
         for ours, theirs in (("rope_factor", "factor"), ("rope_original_context", "original_max_position_embeddings"),
                              ("rope_beta_fast", "beta_fast"), ("rope_beta_slow", "beta_slow")):  # fmt: skip
             if theirs in scaling:
