@@ -34,7 +34,7 @@ class Task:
 
 
 class Fake:
-    """A prompt "boom" fails while it runs, "odd" while it is prepared, and one of more than `limit` characters never fits.
+    """A prompt "boom" fails while it runs, "odd" while it is prepared; one of more than `limit` characters never fits.
 
     Args:
       pause: seconds a step takes.

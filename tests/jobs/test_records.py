@@ -158,7 +158,7 @@ def test_capture_forms():
         (line(custom_id="a", method="GET", url="/v1/completions", body={}), "invalid_request", "method: must be"),
         (line(custom_id="a", url="/v1/embeddings", body={}), "invalid_request", "url: must be"),
         (line(custom_id="a", url="/v1/completions", body=[]), "invalid_request", "body: must be an object"),
-        (line(custom_id="a", url="/v1/completions", body={}, x=1), "invalid_request", 'unknown field "x" in a batch line'),
+        (line(custom_id="a", url="/v1/completions", body={}, x=1), "invalid_request", 'unknown field "x" in a batch'),
         (chat(messages=[]), "invalid_request", "body.messages is empty"),
         (chat(messages=None), "invalid_request", "body.messages: must be"),
         (chat(temperature="x"), "invalid_request", "body.temperature: must be"),
