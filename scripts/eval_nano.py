@@ -26,13 +26,13 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
-from ds4jax import quant, weights  # noqa: E402
+from ds4jax import quant, runtime, weights  # noqa: E402
 from ds4jax.chat.tokenizer import Tokenizer  # noqa: E402
 from ds4jax.model.config import Config  # noqa: E402
 from scripts.nano import net, pieces, shards, windows  # noqa: E402
 
 DISTANCES = (0, 64, 128, 256, 512, 1024, 2048, 4096)
-RULES = {"indexer": None, "most recent": net.recent_entries}
+RULES = ("indexer", "most recent")
 PROMPT = "The old man opened the door and"
 
 
@@ -54,21 +54,15 @@ def load(path: Path) -> tuple[Config, dict[str, jax.Array]]:
 
 
 class Judge:
-    """`net.judge` of one model, compiled once a shape and rule of selection."""
+    """`net.judge` of one model, compiled once a shape; the rule of selection is an argument of the program."""
 
     def __init__(self, config: Config, arrays: dict[str, jax.Array], dtype: str):
-        self.net, self.arrays, self.compiled = net.Net(config, dtype=jnp.dtype(dtype)), arrays, {}
+        model = net.Net(config, dtype=jnp.dtype(dtype))
+        self.arrays, self.program = arrays, jax.jit(functools.partial(net.judge, model))
 
     def __call__(self, tokens: np.ndarray, rule: str = "indexer") -> list[np.ndarray]:
-        key = (rule, tokens.shape)
-        if key not in self.compiled:
-            program = jax.jit(functools.partial(net.judge, self.net))  # a new function: a rule is part of its trace
-            if RULES[rule] is None:
-                self.compiled[key] = program.lower(self.arrays, tokens).compile()
-            else:
-                with net.selecting(RULES[rule]):
-                    self.compiled[key] = program.lower(self.arrays, tokens).compile()
-        return [np.asarray(a) for a in self.compiled[key](self.arrays, tokens)]
+        recent = jnp.asarray(RULES.index(rule) == 1)
+        return [np.asarray(a) for a in self.program(self.arrays, tokens, recent)]
 
 
 def batches(rows: np.ndarray, size: int) -> Iterator[tuple[slice, np.ndarray]]:
@@ -215,6 +209,7 @@ def main() -> None:
     add("--prompt", default=PROMPT)
     add("--sample", type=int, default=120, help="tokens of the sample")
     args = parser.parse_args()
+    runtime.use_compilation_cache()  # models of one config share their programs
     heldout = shards.read(args.data / "heldout.npz")
     tokenizer = Tokenizer.from_json(args.data / "tokenizer.json")
     scores, begun = {}, time.monotonic()

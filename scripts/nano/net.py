@@ -158,12 +158,19 @@ def balance_bias(weights: Tree, loads: Mapping[str, Array], rate: Array) -> Tree
     return new
 
 
-def judge(net: Net, weights: Tree, tokens: Array) -> tuple[Array, Array, Array, Array]:
+def judge(
+    net: Net, weights: Tree, tokens: Array, recent: Array | bool | None = None
+) -> tuple[Array, Array, Array, Array]:
     """How tokens [B, T + 2] are predicted: negative log likelihoods in nats and which predictions are right, [B, T]
-    each, of the next token (tokens[:, 1 : T + 1]) and then of the token after it (MTP; tokens[:, 2 : T + 2])."""
+    each, of the next token (tokens[:, 1 : T + 1]) and then of the token after it (MTP; tokens[:, 2 : T + 2]).
+
+    recent: where True, the indexer's choice gives way to the most recent entries; may be traced.
+    """
     T = tokens.shape[1] - 2
     out = []
-    for logits, shift in zip(run(net.bind(weights), tokens, Tap()), (1, 2), strict=True):
+    with contextlib.nullcontext() if recent is None else selecting(recent_if(recent)):
+        predictions = run(net.bind(weights), tokens, Tap())
+    for logits, shift in zip(predictions, (1, 2), strict=True):
         if logits is None:
             out += [jnp.zeros((tokens.shape[0], T)), jnp.zeros((tokens.shape[0], T), bool)]
             continue
@@ -307,6 +314,16 @@ def recent_entries(self, scores: Array, visible: Array) -> Array:
     """In place of `Indexer.select`: the K newest visible entries, whatever they hold."""
     count = jnp.sum(visible, axis=-1, keepdims=True, dtype=jnp.int32)  # the visible ones come first
     return jnp.maximum(count - 1 - jnp.arange(min(self.K, scores.shape[-1]), dtype=jnp.int32), -1)
+
+
+def recent_if(condition: Array | bool):
+    """A rule for `selecting`: the newest entries where `condition` (bool [], may be traced), else the indexer's."""
+    chosen = attention_module.Indexer.select
+
+    def rule(self, scores: Array, visible: Array) -> Array:
+        return jnp.where(condition, recent_entries(self, scores, visible), chosen(self, scores, visible))
+
+    return rule
 
 
 @contextlib.contextmanager
