@@ -19,8 +19,13 @@ from flax import nnx
 from ds4jax import chat, runtime, weights
 from ds4jax.chat.tokenizer import THINK_OPEN
 from ds4jax.errors import DS4Error
-from ds4jax.model import Config, Transformer, init_cache
+from ds4jax.interp import capture as reading
+from ds4jax.interp import resolve
+from ds4jax.interp.interventions import Positions
+from ds4jax.interp.store import write_capture
+from ds4jax.model import Config, Transformer, init_cache, match_sites
 from ds4jax.runtime import memory
+from ds4jax.runtime.edits import Edit, EditTable
 from ds4jax.runtime.programs import MAX_TOP, chunk_length
 
 NANO = Path(__file__).parent / "assets" / "nano.gguf"
@@ -47,6 +52,8 @@ class Output:
       reasoning: for messages, the text before </think>.
       tool_calls: for messages, the calls in OpenAI's form; `arguments` is a JSON string.
       errors: for messages, what was malformed in a tool call; such text stays in `text`.
+      captured: by site the rows [n, …] of the passes that chose the tokens, or what was made of them, if asked for.
+        Row i stands at position prompt_tokens - 1 + i.
     """
 
     text: str
@@ -59,6 +66,7 @@ class Output:
     reasoning: str = ""
     tool_calls: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     errors: list[str] = dataclasses.field(default_factory=list)
+    captured: dict[str, Any] | None = None
 
     @property
     def message(self) -> dict[str, Any]:
@@ -190,11 +198,16 @@ class LM:
 
     # --- teacher-forced logits
 
-    def logits(self, tokens) -> jax.Array:
+    def logits(
+        self, tokens, *, steering: resolve.SteeringLike = None, interventions: resolve.InterventionsLike = None,
+        prompt_len: int | None = None,
+    ) -> jax.Array:  # fmt: skip
         """Logits of every position of given sequences.
 
         Args:
           tokens: int [T] or [B, T], numpy, JAX or lists.
+          steering, interventions: what is done to activations, see `generate`.
+          prompt_len: how many tokens are prompt, for policies that ask; default: as the last reply's beginning shows.
 
         Returns:
           float32 [T, V] or [B, T, V]: row t is the prediction of token t + 1.
@@ -214,6 +227,7 @@ class LM:
         B, T = batch.shape
         if T > self.context:
             raise DS4Error(f"{T} tokens do not fit the context of {self.context}: load with a larger context")
+        edits, region = self._teacher_forced_edits(batch, steering, interventions, prompt_len)
         out, at = [], 0
         with jax.default_device(self.platform.device):
             # a few capacities, so that few programs are compiled
@@ -224,11 +238,86 @@ class LM:
                 n = min(length, T - at)
                 piece = np.zeros((B, length), np.int32)
                 piece[:, :n] = batch[:, at : at + n]
-                logits, cache = self.programs.logits(cache, piece, np.full((B,), n, np.int32))
+                more = () if edits is None else (edits, region[:, at : at + length])
+                logits, cache = self.programs.logits(cache, piece, np.full((B,), n, np.int32), *more)
                 out.append(logits[:, :n])
                 at += n
             joined = out[0] if len(out) == 1 else jnp.concatenate(out, axis=1)
         return joined if rows.ndim == 2 else joined[0]
+
+    def _teacher_forced_edits(self, batch: np.ndarray, steering, interventions, prompt_len):
+        """The edits of rows [B, T] and the region of each token, padded so that any chunk can be cut from it."""
+        if steering is None and not interventions:
+            return None, None
+        B, T = batch.shape
+        every = resolve.prompt_edits(steering, interventions, [prompt_len or T] * B, self.config)
+        table = self._edit_table(B)
+        region = np.zeros((B, T + max(runtime.programs.CHUNKS)), np.int8)
+        for b, edits in enumerate(every):
+            table.set(b, edits)
+            region[b, :T] = resolve.regions(self.tokenizer, batch[b].tolist(), prompt_len, edits)
+        return table.edits(), region
+
+    def _edit_table(self, slots: int) -> EditTable:
+        self._know_regions()
+        return EditTable(self.config, slots, self.programs.regions, self.platform.device)
+
+    def _know_regions(self) -> None:
+        """Make the tables that follow a reply, before the first intervention that may need them."""
+        if self.programs.regions is None:
+            self.programs.regions = resolve.region_tables(self.tokenizer, self.config.vocab_size)
+
+    # --- activations
+
+    def capture(
+        self, prompts: Prompt | Sequence[Prompt], sites: str | Sequence[str], *, positions: Positions = None,
+        reduce: reading.Reduce = None, steering: resolve.SteeringLike = None,
+        interventions: resolve.InterventionsLike = None, prompt_len: int | Sequence[int | None] | None = None,
+        think: bool | str = False, tools: Sequence[Mapping[str, Any]] | None = None, batch_size: int | None = None,
+        out: str | os.PathLike[str] | None = None, shard_bytes: int = 256 << 20, progress: bool = False,
+    ):  # fmt: skip
+        """Read activations in one pass over prompts.
+
+        Only layers up to the last that is asked for are computed, and only what is asked for leaves the device.
+
+        Args:
+          prompts: as in `generate`; or token ids [T] or [B, T].
+          sites: names or globs: "layers.*.ffn_out", "layers.{3,7}.router.*"; `ds4jax.interp.sites(lm)` lists them.
+          positions: an index, a slice or several of them, negative from the end; default: all.
+          reduce: None for every position; "mean"; "last"; or a function of the rows [n, …] of one prompt (a JAX array),
+            whose result alone leaves the device.
+          steering, interventions: what is done to activations meanwhile, see `generate`; a site is read after they
+            changed it.
+          prompt_len: how many tokens are prompt, for policies that ask; default: as the last reply's beginning shows.
+          think, tools: for messages, as in `generate`.
+          batch_size: prompts in one pass; default 8.
+          out: a folder to write to instead, for captures larger than memory: `ds4jax.interp.open_capture` reads it.
+            Called again after an interruption it goes on where it stopped.
+          shard_bytes: about how large the folder's files become, and how much memory waiting results take.
+          progress: with `out`, show a progress bar on terminals.
+
+        Returns:
+          {site: NumPy array [n, …], or what `reduce` makes of it} for one prompt. For several, each value is stacked
+          over the prompts where shapes agree, and is a list otherwise. With `out`, the opened folder.
+
+        Raises:
+          DS4Error: an unknown site (with the nearest names), positions outside a prompt, and as `generate`.
+        """
+        array = isinstance(prompts, np.ndarray | jax.Array) and np.ndim(prompts) == 2
+        many, single = (list(np.asarray(prompts)), False) if array else _as_list(prompts)
+        rows = [self._prepare(p, think, tools)[0] for p in many]
+        if any(len(r) == 0 for r in rows):
+            raise DS4Error("the prompt is empty: give at least one token")
+        flags = [_tools_in_play(p, tools) for p in many]
+        self._know_regions()
+        plan = reading.Plan.make(
+            self, rows, sites, positions=positions, reduce=reduce, steering=steering, interventions=interventions,
+            prompt_len=prompt_len, tools=flags, batch_size=batch_size,
+        )  # fmt: skip
+        if out is not None:
+            return write_capture(plan, out, shard_bytes=shard_bytes, progress=progress)
+        results = reading.collect(plan)
+        return results[0] if single else reading.joined(results)
 
     # --- generation
 
@@ -237,6 +326,8 @@ class LM:
         top_p: float = 1.0, min_p: float = 0.05, seed: int | Sequence[int] | None = None,
         stop: str | Sequence[str] = (), logprobs: bool | int = False, think: bool | str = False,
         tools: Sequence[Mapping[str, Any]] | None = None, stream: bool = False,
+        steering: resolve.SteeringLike = None, interventions: resolve.InterventionsLike = None,
+        capture: reading.Reading | str | Sequence[str] | None = None,
     ) -> Output | list[Output] | Iterator[Chunk]:  # fmt: skip
         """Continue prompts.
 
@@ -253,6 +344,9 @@ class LM:
           think: for messages, let the model reason first: True, or "max" for the longest reasoning.
           tools: for messages, the functions the model may call, in OpenAI's form.
           stream: return an iterator of `Chunk` instead.
+          steering: a `Steering`, a tuple of several at once, or a list with one, a tuple or None for each prompt.
+          interventions: one or several, made by `ds4jax.interp.add`, `project`, `replace`, …; before the steering.
+          capture: sites to read at each chosen token, or an `interp.Reading`; see `Output.captured`.
 
         Returns:
           An `Output`, or a list of them in the prompts' order.
@@ -265,14 +359,19 @@ class LM:
         seeds = _seeds(seed, len(prompts))
         rules = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
         stops, top = self._stops(stop), _top(logprobs)
+        edits, states = self._reply_edits(prompts, [t for t, _ in many], steering, interventions, tools)
+        wanted = self._reading(capture)
         jobs = [
             _Job(
                 i,
-                runtime.Request(tokens, max_tokens, runtime.Sampling(seed=s, **rules), self._eos, top),
-                _Writer(self.tokenizer, stops, mode, s, logprobs is not False),
+                runtime.Request(
+                    tokens, max_tokens, runtime.Sampling(seed=s, **rules), self._eos, top, edits=edits[i],
+                    reply_state=states[i], sites=wanted.sites if wanted else (),
+                ),
+                _Writer(self.tokenizer, stops, mode, s, logprobs is not False, wanted, self.config),
             )
             for i, ((tokens, mode), s) in enumerate(zip(many, seeds, strict=True))
-        ]
+        ]  # fmt: skip
         engine = self._engine_for(len(jobs))
         for job in jobs:
             engine.check(job.request)  # all of them before any runs
@@ -285,6 +384,24 @@ class LM:
     def session(self) -> Session:
         """A conversation that keeps its cache between turns."""
         return Session(self)
+
+    def _reply_edits(
+        self, prompts: Sequence[Prompt], tokens: Sequence[list[int]], steering, interventions, tools
+    ) -> tuple[list[tuple[Edit, ...]], list[int]]:
+        """Each prompt's edits, and where its reply begins for the region automaton."""
+        if steering is None and not interventions:
+            return [()] * len(tokens), [0] * len(tokens)
+        self._know_regions()
+        flags = [_tools_in_play(p, tools) for p in prompts]
+        edits = resolve.prompt_edits(steering, interventions, [len(t) for t in tokens], self.config, flags)
+        return edits, [resolve.reply_state(self.tokenizer, t) for t in tokens]
+
+    def _reading(self, capture) -> reading.Reading | None:
+        if capture is None:
+            return None
+        asked = reading.Reading.of(capture)
+        reading.check_reduce(asked.reduce)
+        return reading.Reading(tuple(s.name for s in match_sites(asked.sites, self.config)), asked.reduce)
 
     @property
     def _eos(self) -> list[int]:
@@ -382,6 +499,8 @@ class Session:
         self, messages: Messages, *, max_tokens: int = 512, temperature: float = 1.0, top_k: int = 0,
         top_p: float = 1.0, min_p: float = 0.05, seed: int | None = None, stop: str | Sequence[str] = (),
         logprobs: bool | int = False, think: bool | str = False, tools: Sequence[Mapping[str, Any]] | None = None,
+        steering: resolve.SteeringLike = None, interventions: resolve.InterventionsLike = None,
+        capture: reading.Reading | str | Sequence[str] | None = None,
     ) -> Iterator[Chunk]:  # fmt: skip
         """As `LM.generate(messages, stream=True)`, from the longest beginning already computed."""
         lm = self.lm
@@ -389,16 +508,21 @@ class Session:
         (seed,) = _seeds(seed, 1)
         stops, top = lm._stops(stop), _top(logprobs)
         sampling = runtime.Sampling(temperature, top_k, top_p, min_p, seed)
-        request = runtime.Request(tokens, max_tokens, sampling, lm._eos, top)
+        (edits,), (state,) = lm._reply_edits([messages], [tokens], steering, interventions, tools)
+        wanted = lm._reading(capture)
+        request = runtime.Request(
+            tokens, max_tokens, sampling, lm._eos, top, edits=edits, reply_state=state,
+            sites=wanted.sites if wanted else (),
+        )  # fmt: skip
         engine = lm._engine_for(1)
         engine.check(request)
         if self.prefix is not None and len(self.prefix.tokens) >= len(tokens):
             self.prefix = None
         if len(tokens) > 1:
-            self.prefix = engine.extend(self.prefix, tokens[:-1])
+            self.prefix = engine.extend(self.prefix, tokens[:-1], edits)
         job = _Job(
             0, dataclasses.replace(request, prefix=self.prefix),
-            _Writer(lm.tokenizer, stops, mode, seed, logprobs is not False),
+            _Writer(lm.tokenizer, stops, mode, seed, logprobs is not False, wanted, lm.config),
         )  # fmt: skip
         return lm._run([job])
 
@@ -413,7 +537,11 @@ class _Job:
 class _Writer:
     """Turns one request's bursts of tokens into text, deltas and at last an Output."""
 
-    def __init__(self, tokenizer, stops: list[str], mode: str | None, seed: int, logprobs: bool):
+    def __init__(
+        self, tokenizer, stops: list[str], mode: str | None, seed: int, logprobs: bool,
+        wanted: reading.Reading | None, config: Config,
+    ):  # fmt: skip
+        self.captured = None if wanted is None else reading.Kept(wanted, config)
         self.stream = tokenizer.stream() if tokenizer is not None else None
         self.eos = None if tokenizer is None else tokenizer.eos_id
         self.stops = runtime.StopStrings(stops)
@@ -438,6 +566,8 @@ class _Writer:
             new += self.stops.finish()
         finish = "stop" if self.stops.stopped else finish
         self.tokens += burst.tokens[:used]
+        if self.captured is not None:
+            self.captured.add(burst.sites, used, prompt_tokens - 1 + len(self.tokens) - used)
         if self.logprobs is not None:
             self.logprobs += burst.logprobs[:used]
             self.top += [dict(pairs) for pairs in burst.top[:used]]
@@ -451,7 +581,7 @@ class _Writer:
     def _output(self, finish: str, prompt_tokens: int) -> Output:
         common = dict(
             tokens=self.tokens, logprobs=self.logprobs, top_logprobs=self.top or None, prompt_tokens=prompt_tokens,
-            seed=self.seed,
+            seed=self.seed, captured=None if self.captured is None else self.captured.finish(),
         )  # fmt: skip
         if not self.parser:
             return Output(self.text, finish_reason=finish, **common)
@@ -477,6 +607,13 @@ def _as_list(prompt) -> tuple[list[Prompt], bool]:
     if isinstance(prompt[0], Mapping | numbers.Number):
         return [prompt], True
     return prompt, False
+
+
+def _tools_in_play(prompt: Prompt, tools) -> bool:
+    """Whether a tool call may be written, or was in this conversation."""
+    if isinstance(prompt, str) or len(prompt) == 0 or not isinstance(prompt[0], Mapping):
+        return False
+    return bool(tools) or any(m.get("tools") or m.get("tool_calls") or m.get("role") == "tool" for m in prompt)
 
 
 def _token(t) -> int:

@@ -1,1 +1,48 @@
+"""Look inside and change what is there: sites, capture, interventions, directions, steering, reading aids."""
 
+from ds4jax.interp.capture import Reading
+from ds4jax.interp.directions import Directions
+from ds4jax.interp.interventions import (
+    POLICIES,
+    Intervention,
+    When,
+    add,
+    apply,
+    clamp,
+    pin,
+    project,
+    replace,
+    scale,
+)
+from ds4jax.interp.steering import Steering
+from ds4jax.interp.store import CaptureSet
+from ds4jax.interp.store import CaptureSet as open_capture
+from ds4jax.model import Site, match_sites, site_table
+
+
+def sites(lm, pattern: str = "**") -> list[Site]:
+    """The sites of a model that a name or glob stands for, in the order in which a pass reaches them."""
+    return match_sites(pattern, lm.config)
+
+
+__all__ = [
+    "POLICIES",
+    "CaptureSet",
+    "Directions",
+    "Intervention",
+    "Reading",
+    "Site",
+    "Steering",
+    "When",
+    "add",
+    "apply",
+    "clamp",
+    "match_sites",
+    "open_capture",
+    "pin",
+    "project",
+    "replace",
+    "scale",
+    "site_table",
+    "sites",
+]
