@@ -1,6 +1,7 @@
 """Slots that decode together: requests go in as tokens, tokens come out in bursts.
 
 Python only starts work and looks at finished work: while it reads one burst of tokens the device computes the next.
+Between two bursts at most one chunk of prompts is prefilled, so those that decode never wait for longer.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from ds4jax.errors import DS4Error
 from ds4jax.model import Cache, Config, init_cache
 from ds4jax.runtime import edits as editing
 from ds4jax.runtime.edits import Edit, Edits, EditTable, Track
-from ds4jax.runtime.programs import MAX_EOS, MAX_TOP, Programs, Slots, chunk_length
+from ds4jax.runtime.prefixes import Prefixes, key
+from ds4jax.runtime.programs import CHUNKS, MAX_EOS, MAX_TOP, Programs, Slots, chunk_length
 from ds4jax.runtime.sampling import Sampling
 
 BURST = 8  # tokens per dispatch
+NOT_FINITE = "the logits are not finite: damaged weights, or an overflow; try dtype='float32'"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +74,7 @@ class Burst:
       logprobs: natural log, one per token.
       top: per token, the (token, logprob) pairs of the likeliest; empty unless asked for.
       finish: None while it goes on; "stop" (an eos token, which is the last of `tokens`), "length" (max_tokens) or
-        "context" (the context is full).
+        "context" (the context is full); of an engine that is not strict also "not finite", with no tokens.
       sites: by name [n, …], of the passes that chose the n tokens; the ones the request asks for.
     """
 
@@ -84,13 +87,45 @@ class Burst:
 
 
 @dataclasses.dataclass
+class Counts:
+    """Tokens since the engine was made. prompt = prefill + shared + one a prompt, which decode feeds.
+
+    Attributes:
+      prompt: of admitted prompts; prefill: computed; shared: taken from prefixes; output: chosen.
+    """
+
+    prompt: int = 0
+    prefill: int = 0
+    shared: int = 0
+    output: int = 0
+
+
+@dataclasses.dataclass
 class _Running:
+    """A request that has a slot."""
+
     number: int
     request: Request
     limit: int  # tokens it may choose: max_tokens or what the context leaves
+    key: bytes | None = None  # of its tokens, where it may share a prefix
+    fed: int = 0  # prompt tokens in the cache
+    cuts: list[int] = dataclasses.field(default_factory=list)  # lengths at which its cache is kept for others
+    waits: bool = False  # for another's prefix
+    filling: bool = True  # its prompt is not all in the cache
     asked: int = 0  # tokens that dispatched work may choose
     chosen: int = 0
     over: bool = False  # finished or cancelled: later tokens are dropped
+    tainted: bool = False  # its slot held numbers that are not finite when it began
+
+    @property
+    def head(self) -> int:
+        """Prompt tokens that are prefilled: decode feeds the last one, so prefill needs no head and no sampling."""
+        return len(self.request.tokens) - 1
+
+    @property
+    def stop(self) -> int:
+        """How far it is prefilled next."""
+        return next((c for c in self.cuts if c > self.fed), self.head)
 
 
 class Engine:
@@ -100,11 +135,23 @@ class Engine:
       programs: the compiled steps.
       slots: how many sequences decode together.
       capacity: tokens a slot can hold, prompt and answer together.
+      share: how many prefixes to keep that prompts were found to share; each takes the memory of a slot. 0: none.
+      strict: raise where logits are not finite; otherwise that request alone ends.
+
+    Attributes:
+      counts: tokens so far.
+      admitted: numbers of the requests that were given a slot; the reader empties it.
     """
 
-    def __init__(self, programs: Programs, config: Config, dtype, *, slots: int, capacity: int, device=None):
+    def __init__(
+        self, programs: Programs, config: Config, dtype, *, slots: int, capacity: int, device=None, share: int = 0,
+        strict: bool = True,
+    ):  # fmt: skip
         self.programs, self.config, self.dtype = programs, config, dtype
         self.n_slots, self.capacity, self.device = slots, capacity, device
+        self.prefixes = Prefixes(share) if share else None
+        self.strict = strict
+        self.counts = Counts()
         self._next = 0
         self._clear()
 
@@ -116,6 +163,14 @@ class Engine:
         self._in_flight = None
         self._edits: EditTable | None = None
         self._track: Track | None = None
+        self.admitted: list[int] = []
+        if self.prefixes:
+            self.prefixes.clear()
+
+    @property
+    def used(self) -> int:
+        """Slots that have a request."""
+        return sum(r is not None for r in self._running)
 
     @property
     def busy(self) -> bool:
@@ -158,10 +213,19 @@ class Engine:
         self.check(request)
         self._next += 1
         self._pending.append((self._next, request))
+        if self._shares(request):
+            self.prefixes.wait(key(request.tokens))
         return self._next
+
+    def _shares(self, request: Request) -> bool:
+        """Whether a request's beginning may be another's."""
+        return self.prefixes is not None and request.prefix is None and not _prompt_keys(request.edits)
 
     def cancel(self, number: int) -> None:
         """Forget a request; tokens of it that are still being computed are dropped."""
+        for waiting, request in self._pending:
+            if waiting == number and self._shares(request):
+                self.prefixes.leave(key(request.tokens))
         self._pending = collections.deque(p for p in self._pending if p[0] != number)
         for r in self._in_flight[0] if self._in_flight else ():
             if r and r.number == number:
@@ -169,6 +233,7 @@ class Engine:
         for i, r in enumerate(self._running):
             if r and r.number == number:
                 r.over, self._running[i] = True, None
+                self._leave(r)
                 self.slots = self.programs.stop(self.slots, np.arange(self.n_slots) == i)
 
     def abort(self) -> None:
@@ -181,10 +246,13 @@ class Engine:
             yield from self.step()
 
     def step(self) -> list[Burst]:
-        """Admit what fits, start the next burst, and return the one before it."""
+        """Admit what fits, prefill a chunk, start the next burst, and return the one before it."""
         self._admit()
+        self._fill()
         before, self._in_flight = self._in_flight, self._dispatch()
         return self._collect(before) if before else []
+
+    # --- prompts into slots
 
     def _admit(self) -> None:
         free = [i for i, r in enumerate(self._running) if r is None]
@@ -199,20 +267,101 @@ class Engine:
         which = np.zeros(self.n_slots, bool)
         which[list(admitted)] = True
         self.cache = self.programs.reset(self.cache, which)
-        heads, new = {}, Slots.empty(self.n_slots)
         for slot, (number, request) in admitted.items():
-            done = 0
-            if request.prefix is not None:
-                self.cache = self.programs.put(self.cache, slot, request.prefix.cache)
-                done = len(request.prefix.tokens)
-            heads[slot] = np.asarray(request.tokens[done:-1], np.int32)
-            # the prompt's last token is fed by decode, so prefill needs no head and no sampling
             limit = min(request.max_tokens, self.capacity - len(request.tokens))
-            new.begin(slot, int(request.tokens[-1]), limit, request.sampling, request.eos)
-            self._running[slot] = _Running(number, request, limit)
+            r = self._running[slot] = _Running(number, request, limit)
+            self.admitted.append(number)
+            self.counts.prompt += len(request.tokens)
+            if request.prefix is not None:
+                self._start_from(slot, r, request.prefix)
+            elif self._shares(request):
+                r.key, r.waits = key(request.tokens), True
         self._admit_edits(admitted, which)
-        self.cache = self._prefill(self.cache, self.n_slots, heads, self._edits)
+
+    def _start_from(self, slot: int, r: _Running, prefix: Prefix) -> None:
+        self.cache = self.programs.put(self.cache, slot, prefix.cache)
+        r.fed = len(prefix.tokens)
+        self.counts.shared += r.fed
+
+    def _leave(self, r: _Running) -> None:
+        if r.waits:
+            self.prefixes.leave(r.key)
+            r.waits = False
+
+    def _look_for_prefix(self, slot: int, r: _Running) -> None:
+        """Let a request that waits begin from the longest prefix there is, unless a longer one is being computed."""
+        prefix = self.prefixes.find(r.key)
+        done = 0 if prefix is None else len(prefix.tokens)
+        for other in self._running:
+            if other is not None and other is not r and other.filling and not other.waits:
+                if any(
+                    c > max(done, other.fed) and r.key[: 4 * c] == other.key[: 4 * c]
+                    for c in other.cuts
+                    if c < len(r.request.tokens)
+                ):
+                    return
+        self._leave(r)
+        if prefix is not None:
+            self._start_from(slot, r, prefix)
+        r.cuts = self.prefixes.cuts(r.key, done)
+
+    def _fill(self) -> None:
+        """Prefill at most one chunk: of all slots together while most have prompt left, otherwise one slot after the
+        other in a cache of one slot, whose programs serve any number of slots."""
+        filling = sorted((r.number, slot) for slot, r in enumerate(self._running) if r is not None and r.filling)
+        if not filling:
+            return
+        for _, slot in filling:
+            if self._running[slot].waits:
+                self._look_for_prefix(slot, self._running[slot])
+        ready = [(slot, self._running[slot]) for _, slot in filling if not self._running[slot].waits]
+        rows = {slot: r for slot, r in ready if r.fed < r.head}
+        if 2 * len(rows) > self.n_slots:
+            self._fill_together(rows)
+        else:
+            self._fill_singly(rows)
+        begun = {slot: r for slot, r in ready if r.fed == r.head}
+        if not begun:
+            return
+        which, new = np.zeros(self.n_slots, bool), Slots.empty(self.n_slots)
+        for slot, r in begun.items():
+            r.filling, which[slot] = False, True
+            new.begin(slot, int(r.request.tokens[-1]), r.limit, r.request.sampling, r.request.eos)
         self.slots = self.programs.admit(self.slots, which, new)
+
+    def _fill_together(self, rows: dict[int, _Running]) -> None:
+        length = chunk_length(max(r.stop - r.fed for r in rows.values()), self.n_slots)
+        tokens, n_valid = np.zeros((self.n_slots, length), np.int32), np.zeros(self.n_slots, np.int32)
+        for slot, r in rows.items():
+            n = min(length, r.stop - r.fed)
+            tokens[slot, :n], n_valid[slot] = r.request.tokens[r.fed : r.fed + n], n
+        edits = None if self._edits is None else self._edits.edits(0, self.n_slots, prompt=True)
+        self.cache = self._feed(self.cache, tokens, n_valid, edits)
+        for slot, r in rows.items():
+            self._fed(slot, r, int(n_valid[slot]))
+
+    def _fill_singly(self, rows: dict[int, _Running]) -> None:
+        left = CHUNKS[-1]
+        for slot, r in rows.items():
+            edits = None if self._edits is None else self._edits.edits(slot, slot + 1, prompt=True)
+            one, n = self.programs.take(self.cache, slot), 0
+            while left > 0 and r.fed + n < r.stop:
+                length = chunk_length(r.stop - r.fed - n)
+                piece = np.asarray(r.request.tokens[r.fed + n : min(r.fed + n + length, r.stop)], np.int32)
+                one = self._feed_one(one, piece, length, edits)
+                n, left = n + len(piece), left - length
+            self.cache = self.programs.put(self.cache, slot, one)
+            self._fed(slot, r, n)
+            if left <= 0:
+                break
+
+    def _fed(self, slot: int, r: _Running, n: int) -> None:
+        """Note that n more tokens of a prompt are in the cache; keep it where others begin alike."""
+        r.fed += n
+        self.counts.prefill += n
+        if n and r.fed in r.cuts:
+            prefix = Prefix(tuple(r.request.tokens[: r.fed]), self.programs.take(self.cache, slot), self.capacity)
+            self.prefixes.store(r.key[: 4 * r.fed], prefix)
 
     def _admit_edits(self, admitted: dict[int, tuple[int, Request]], which: np.ndarray) -> None:
         if self._edits is None:
@@ -244,7 +393,11 @@ class Engine:
         if _prompt_keys(edits):
             table = self._new_edits(1)
             table.set(0, edits)
-        cache = self._prefill(cache, 1, {0: np.asarray(tokens[done:], np.int32)}, table)
+        row = np.asarray(tokens[done:], np.int32)
+        while len(row):
+            length = chunk_length(len(row))
+            cache = self._feed_one(cache, row[:length], length, None if table is None else table.edits(prompt=True))
+            row = row[length:]
         return Prefix(tokens, cache, self.capacity, edits)
 
     def _new_cache(self, slots: int) -> Cache:
@@ -252,54 +405,26 @@ class Engine:
             # put on the device for good, so that no later step can move it
             return jax.device_put(init_cache(self.config, slots, self.capacity, self.dtype), self.device)
 
-    def _prefill(
-        self, cache: Cache, n_slots: int, rows: dict[int, np.ndarray], table: EditTable | None = None
-    ) -> Cache:
-        """Feed `rows` {slot: tokens} to a cache of `n_slots`: together while most slots have tokens left, then one by
-        one in a cache of one slot, whose programs serve any number of slots."""
-        at = 0
-
-        def edits_of(first: int, end: int) -> Edits | None:
-            return None if table is None else table.edits(first, end, prompt=True)
-
-        while rows := {slot: row for slot, row in rows.items() if len(row) > at}:
-            if n_slots == 1:
-                return self._prefill_one(cache, rows[0], edits_of(0, 1))
-            if 2 * len(rows) <= n_slots:
-                for slot, row in rows.items():
-                    one = self._prefill_one(self.programs.take(cache, slot), row[at:], edits_of(slot, slot + 1))
-                    cache = self.programs.put(cache, slot, one)
-                return cache
-            length = chunk_length(max(map(len, rows.values())) - at, n_slots)
-            tokens, n_valid = np.zeros((n_slots, length), np.int32), np.zeros(n_slots, np.int32)
-            for slot, row in rows.items():
-                piece = row[at : at + length]
-                tokens[slot, : len(piece)], n_valid[slot] = piece, len(piece)
-            cache = self._feed(cache, tokens, n_valid, edits_of(0, n_slots))
-            at += length
-        return cache
-
     def _feed(self, cache: Cache, tokens: np.ndarray, n_valid: np.ndarray, edits: Edits | None) -> Cache:
         more = () if edits is None else (edits,)
         return self.programs.prefill(cache, tokens, n_valid, *more)
 
-    def _prefill_one(self, cache: Cache, row: np.ndarray, edits: Edits | None) -> Cache:
-        while len(row):
-            length = chunk_length(len(row))
-            piece, row = row[:length], row[length:]
-            tokens = np.zeros((1, length), np.int32)
-            tokens[0, : len(piece)] = piece
-            cache = self._feed(cache, tokens, np.asarray([len(piece)], np.int32), edits)
-        return cache
+    def _feed_one(self, cache: Cache, piece: np.ndarray, length: int, edits: Edits | None) -> Cache:
+        """Feed a piece, padded to a compiled length, to a cache of one slot."""
+        tokens = np.zeros((1, length), np.int32)
+        tokens[0, : len(piece)] = piece
+        return self._feed(cache, tokens, np.asarray([len(piece)], np.int32), edits)
+
+    # --- tokens out of slots
 
     def _dispatch(self):
-        running = list(self._running)
+        running = [r if r is not None and not r.filling else None for r in self._running]
         going = [r for r in running if r is not None]
         if not going:
             return None
         top = any(r.request.top_logprobs for r in going)
         sites = tuple(dict.fromkeys(s for r in going for s in r.request.sites))
-        edited = any(r.request.edits for r in going)
+        edited = any(r.request.edits for r in self._running if r is not None)
         if not edited:
             self._edits = self._track = None  # of slots that are done
         if edited or sites:
@@ -330,9 +455,13 @@ class Engine:
                 continue
             chosen, values = tokens[:n, slot].tolist(), logprobs[:n, slot].tolist()
             if not np.isfinite(values).all():
-                self.abort()
-                raise DS4Error("the logits are not finite: damaged weights, or an overflow; try dtype='float32'")
+                if self.strict:
+                    self.abort()
+                    raise DS4Error(NOT_FINITE)
+                bursts += self._not_finite(slot, r)
+                continue
             r.chosen += n
+            self.counts.output += n
             finish = None
             if chosen[-1] in r.request.eos:
                 finish = "stop"
@@ -349,6 +478,23 @@ class Engine:
             sites = {name: seen[name][:n, slot].copy() for name in r.request.sites}
             bursts.append(Burst(r.number, chosen, values, top, finish, sites))
         return bursts
+
+    def _not_finite(self, slot: int, r: _Running) -> list[Burst]:
+        """End a request, and clean its slot: what is masked there is still multiplied by zero."""
+        r.over, now = True, self._running[slot]
+        if now is r:
+            self._running[slot] = now = None
+            self.slots = self.programs.stop(self.slots, np.arange(self.n_slots) == slot)
+        if now is None:
+            self.cache = self.programs.put(self.cache, slot, self._new_cache(1))
+        else:  # the slot was already given away
+            now.tainted = True
+        if r.tainted:  # through no fault of its own
+            self._pending.appendleft((r.number, r.request))
+            if self._shares(r.request):
+                self.prefixes.wait(key(r.request.tokens))
+            return []
+        return [Burst(r.number, [], [], [], "not finite")]
 
 
 def _prompt_keys(edits: Sequence[Edit]) -> tuple:
