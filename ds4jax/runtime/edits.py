@@ -308,7 +308,7 @@ class EditTable:
             )
         self._of_slot[slot], self._made = edits, {}
         used = {e.row_key for of in self._of_slot for e in of}
-        if len(self._rows) > max(8, 2 * len(used)):
+        if not used >= self._rows.keys():  # the fewest rows, so that few programs are compiled
             self._rows, self._fixed = {k: e for k, e in self._rows.items() if k in used}, None
         for e in edits:
             if e.row_key not in self._rows:

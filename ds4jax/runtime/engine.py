@@ -364,12 +364,18 @@ class Engine:
             self.prefixes.store(r.key[: 4 * r.fed], prefix)
 
     def _admit_edits(self, admitted: dict[int, tuple[int, Request]], which: np.ndarray) -> None:
+        others = [r for slot, r in enumerate(self._running) if r is not None and slot not in admitted]
+        if not any(r.request.edits for r in others):
+            self._edits = self._track = None  # what is left in the table belongs to sequences that are done
         if self._edits is None:
             if not any(request.edits for _, request in admitted.values()):
                 return
             self._edits = self._new_edits(self.n_slots)
             self._track = jax.device_put(Track.empty(self.n_slots), self.device)
         new = Track.empty(self.n_slots)
+        for slot, running in enumerate(self._running):
+            if running is None:
+                self._edits.set(slot, ())
         for slot, (_, request) in admitted.items():
             self._edits.set(slot, request.edits)
             new.state[slot] = request.reply_state
