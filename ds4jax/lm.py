@@ -355,13 +355,43 @@ class LM:
           DS4Error: an empty prompt, one that does not fit the context, tokens out of range, or senseless options.
         """
         prompts, single = _as_list(prompt)
-        many = [self._prepare(p, think, tools) for p in prompts]
-        seeds = _seeds(seed, len(prompts))
-        rules = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+        jobs = self._jobs(
+            prompts, _seeds(seed, len(prompts)), max_tokens=max_tokens, temperature=temperature, top_k=top_k,
+            top_p=top_p, min_p=min_p, stop=stop, logprobs=logprobs, think=think, tools=tools, steering=steering,
+            interventions=interventions, capture=capture,
+        )  # fmt: skip
+        engine = self._engine_for(len(jobs))
+        for job in jobs:
+            engine.check(job.request)  # all of them before any runs
+        chunks = self._run(jobs)
+        if stream:
+            return chunks
+        outputs: dict[int, Output] = {c.index: c.output for c in chunks if c.output is not None}
+        return outputs[0] if single else [outputs[i] for i in range(len(jobs))]
+
+    def release(self) -> None:
+        """Give back the memory of `generate`'s cache; the next call makes it anew."""
+        if self._engine is not None:
+            self._engine.abort()
+            self._engine, self._engine_wanted = None, 0
+            self._run_number += 1
+
+    def session(self) -> Session:
+        """A conversation that keeps its cache between turns."""
+        return Session(self)
+
+    def _jobs(
+        self, prompts: Sequence[Prompt], seeds: Sequence[int], *, max_tokens: int = 512, stop: str | Sequence[str] = (),
+        logprobs: bool | int = False, think: bool | str = False, tools: Sequence[Mapping[str, Any]] | None = None,
+        steering: resolve.SteeringLike = None, interventions: resolve.InterventionsLike = None, capture=None, **rules,
+    ) -> list[_Job]:  # fmt: skip
+        """A request for each prompt and seed, and the writer of its output; see `generate`. `rules`: of `Sampling`."""
+        prepared = {key: self._prepare(p, think, tools) for key, p in {id(p): p for p in prompts}.items()}
+        many = [prepared[id(p)] for p in prompts]  # samples of one prompt are encoded once
         stops, top = self._stops(stop), _top(logprobs)
         edits, states = self._reply_edits(prompts, [t for t, _ in many], steering, interventions, tools)
         wanted = self._reading(capture)
-        jobs = [
+        return [
             _Job(
                 i,
                 runtime.Request(
@@ -372,18 +402,6 @@ class LM:
             )
             for i, ((tokens, mode), s) in enumerate(zip(many, seeds, strict=True))
         ]  # fmt: skip
-        engine = self._engine_for(len(jobs))
-        for job in jobs:
-            engine.check(job.request)  # all of them before any runs
-        chunks = self._run(jobs)
-        if stream:
-            return chunks
-        outputs: dict[int, Output] = {c.index: c.output for c in chunks if c.output is not None}
-        return outputs[0] if single else [outputs[i] for i in range(len(jobs))]
-
-    def session(self) -> Session:
-        """A conversation that keeps its cache between turns."""
-        return Session(self)
 
     def _reply_edits(
         self, prompts: Sequence[Prompt], tokens: Sequence[list[int]], steering, interventions, tools
@@ -412,10 +430,8 @@ class LM:
         """The engine with slots for n sequences at once, as far as memory and MAX_SLOTS allow."""
         wanted = min(MAX_SLOTS, 1 << (n - 1).bit_length())
         if self._engine is None or self._engine_wanted != wanted:
-            if self._engine is not None:
-                self._engine.abort()  # its cache goes before the next is made
-                self._run_number += 1
-            self._engine, self._engine_wanted = None, wanted
+            self.release()  # the old cache goes before the new is made
+            self._engine_wanted = wanted
             slots = memory.most_slots(
                 self.config, self.weights_nbytes, self.platform.memory, wanted=wanted, context=self.context,
                 dtype=self.platform.dtype,

@@ -89,9 +89,6 @@ class Model(Protocol):
     def abort(self) -> None:
         """Forget everything."""
 
-    def capture(self, record: Record) -> Mapping[str, Any]:
-        """The activations that the record asks for, {site: array}."""
-
     def token_text(self, token: int) -> str: ...
 
     def stats(self) -> Stats: ...
@@ -275,13 +272,7 @@ class Loop:
         if o.error is not None:
             return Result(place, o.record, error=BadRecord(o.error, "failed"), fingerprint=print_)
         timings = {"first_s": round((o.first or now) - o.began, 4), "total_s": round(now - o.began, 4)}
-        result = Result(place, o.record, [o.outputs[n] for n in o.numbers], None, timings, print_)
-        if o.record.capture:
-            try:
-                result.activations = self.model.capture(o.record)
-            except DS4Error as e:
-                return Result(place, o.record, error=BadRecord(f"capture: {e}"), fingerprint=print_)
-        return result
+        return Result(place, o.record, [o.outputs[n] for n in o.numbers], None, timings, print_)
 
     def _forget(self, o: _Open) -> None:
         del self._open[o.record.place.index]

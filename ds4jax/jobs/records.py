@@ -59,7 +59,7 @@ class Record:
       prompts: text, token ids or messages; several only in OpenAI's completions.
       n: samples of each prompt.
       options: what `LM.generate` takes, without the seed where the line has none.
-      capture: sites and positions to write, or None.
+      capture: sites to write at each chosen token, and how to reduce them; or None.
     """
 
     place: Place
@@ -278,11 +278,13 @@ def _plain(value: Mapping, place: Place, options: dict[str, Any]) -> Record:
     capture = value.get("capture")
     if capture is not None:
         capture = {"sites": capture} if isinstance(capture, str | list) else _object("capture", capture)
-        _no_others(capture, ("sites", "positions"), "capture")
+        _no_others(capture, ("sites", "reduce"), "capture")
         sites = capture.get("sites")
         sites = [sites] if isinstance(sites, str) else sites
         if not isinstance(sites, list) or not sites or not all(_text(s) for s in sites):
-            raise _wrong("capture", value["capture"], 'site names, or {"sites": …, "positions": …}')
+            raise _wrong("capture", value["capture"], 'site names, or {"sites": …, "reduce": …}')
+        if capture.get("reduce") not in (None, "mean", "last"):
+            raise _wrong("capture.reduce", capture["reduce"], '"mean" or "last"')
         capture = {**capture, "sites": sites}
     return Record(place, "plain", id, [prompt], n, options, capture)
 
@@ -423,8 +425,7 @@ class Result:
       timings: seconds from being given to the engine ("queued" until its prefill began, "first" until the first token,
         "total").
       fingerprint: of the model.
-      activations: what the record asked to capture, {site: array}.
-      captured: name of the file they were written to, or None.
+      captured: name of the file that captured activations were written to, or None.
     """
 
     place: Place
@@ -433,7 +434,6 @@ class Result:
     error: BadRecord | None = None
     timings: dict[str, float] = dataclasses.field(default_factory=dict)
     fingerprint: str = ""
-    activations: Mapping[str, Any] | None = None
     captured: str | None = None
 
     @property
@@ -447,6 +447,12 @@ class Result:
     @property
     def output_tokens(self) -> int:
         return sum(len(o.tokens) for o in self.outputs)
+
+    @property
+    def activations(self) -> dict[str, Any]:
+        """What the record asked to capture: {site: array}, of several samples {"sample/site": array}."""
+        many = len(self.outputs) > 1
+        return {f"{i}/{k}" if many else k: a for i, o in enumerate(self.outputs) for k, a in (o.captured or {}).items()}
 
     def to_json(self, token_text: Callable[[int], str] = str, *, plain: bool = False) -> dict[str, Any]:
         """The output or error record. `token_text` spells a token for OpenAI's logprobs; `plain` leaves that form."""

@@ -24,6 +24,7 @@ class Out:
     reasoning: str = ""
     tool_calls: list = dataclasses.field(default_factory=list)
     errors: list = dataclasses.field(default_factory=list)
+    captured: dict | None = None
 
 
 @dataclasses.dataclass
@@ -31,6 +32,7 @@ class Task:
     prompt: object
     seed: int
     options: dict
+    sites: list = dataclasses.field(default_factory=list)
 
 
 class Fake:
@@ -57,7 +59,8 @@ class Fake:
                 raise ZeroDivisionError("this prompt is odd")
             if isinstance(p, str) and len(p) > self.limit:
                 raise DS4Error(f"the prompt has {len(p)} tokens and the context {self.limit}")
-        return [Task(p, s, record.options) for p, s in zip(prompts, seeds, strict=True)]
+        sites = record.capture["sites"] if record.capture else []
+        return [Task(p, s, record.options, sites) for p, s in zip(prompts, seeds, strict=True)]
 
     def length(self, task):
         return len(str(task.prompt)) + task.options.get("max_tokens", 10)
@@ -106,11 +109,6 @@ class Fake:
         self.numbers.slots_used = len(self.running)
         return events
 
-    def capture(self, record):
-        import numpy as np
-
-        return {site: np.arange(3.0) for site in record.capture["sites"]}
-
     def token_text(self, token):
         return chr(token)
 
@@ -123,6 +121,8 @@ def answer(task: Task) -> Out:
     length = 1 + int(digest[:2], 16) % task.options.get("max_tokens", 10)
     text = digest[:length]
     out = Out(text, [ord(c) for c in text], prompt_tokens=len(str(task.prompt)), seed=task.seed)
+    if task.sites:
+        out.captured = {site: [1.0] * length for site in task.sites}
     if task.options.get("logprobs"):
         out.logprobs = [-0.5] * length
         if task.options["logprobs"] is not True:

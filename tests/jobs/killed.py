@@ -12,14 +12,14 @@ import sys
 import time
 import warnings
 
-from ds4jax.jobs.batch import Options, batch
+from ds4jax.jobs.job import Options, run_job
 from tests.jobs.fake import Fake
 
 
 def job(source: str, out: str, parquet: bool) -> None:
     # small shards and a slow model, so that kills meet every kind of moment
     options = Options(shard_bytes=3000, sync_seconds=0.002, parquet=parquet, defaults={"max_tokens": 12})
-    batch([source], lambda: Fake(slots=8, pause=0.0002), out, options)
+    run_job([source], lambda: Fake(slots=8, pause=0.0002), out, options)
 
 
 def main(source: str, out: str, kills: int, seed: int, parquet: bool) -> None:

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from ds4jax import DS4Error
-from ds4jax.jobs import sources
-from ds4jax.jobs.batch import Options, batch, run
+from ds4jax.jobs import Options, run, sources
+from ds4jax.jobs.job import run_job as batch
 from ds4jax.jobs.loop import Loop, as_lines
 from tests.jobs.conftest import load, mixed, outputs, same, write
 from tests.jobs.fake import Fake

@@ -101,8 +101,8 @@ def test_openai_completions_prompts():
 def test_capture_forms():
     for given in ("layers.0.ffn_out", ["layers.0.ffn_out"], {"sites": "layers.0.ffn_out"}):
         assert parse(line(prompt="x", capture=given), HERE).capture == {"sites": ["layers.0.ffn_out"]}
-    r = parse(line(prompt="x", capture={"sites": ["a", "b"], "positions": [0, -1]}), HERE)
-    assert r.capture == {"sites": ["a", "b"], "positions": [0, -1]}
+    r = parse(line(prompt="x", capture={"sites": ["a", "b"], "reduce": "mean"}), HERE)
+    assert r.capture == {"sites": ["a", "b"], "reduce": "mean"}
 
 
 # --- what is refused
@@ -151,6 +151,7 @@ def test_capture_forms():
         (line(prompt="x", tools={}), "invalid_request", "tools: must be a list of objects"),
         (line(prompt="x", steering=3), "invalid_request", "steering: must be"),
         (line(prompt="x", capture=[]), "invalid_request", "capture: must be"),
+        (line(prompt="x", capture={"sites": ["a"], "reduce": "max"}), "invalid_request", "capture.reduce: must be"),
         (line(prompt="x", capture={"sites": ["a"], "where": 1}), "invalid_request", 'unknown field "where" in capture'),
         (line(custom_id="a"), "invalid_request", "url: must be"),
         (line(custom_id="", url="/v1/completions", body={}), "invalid_request", "custom_id: must be a non-empty"),

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ class Options:
             raise DS4Error(f"defaults: {e}") from None
 
 
-def batch(
+def run_job(
     inputs: Sequence[str | os.PathLike[str]], model: Callable[[], Model], out: str | os.PathLike[str],
     options: Options | None = None,
 ) -> watch.View:  # fmt: skip
@@ -199,8 +199,8 @@ def _run(found: list[sources.Source], model: Model, store: Store, options: Optio
 
 def write(store: Store, result: Result, token_text: Callable[[int], str]) -> None:
     """One result to disk; captured activations first, so that a record never names a file that is not there."""
-    if result.activations is not None:
-        result.captured = _write_activations(store.folder, result.place.index, result.activations)
+    if activations := result.activations:
+        result.captured = _write_activations(store.folder, result.place.index, activations)
     store.append(result.to_json(token_text, plain=store.parquet), error=result.error is not None)
 
 
@@ -218,13 +218,3 @@ def _write_activations(folder: Path, index: int, arrays: Mapping[str, Any]) -> s
     except OSError as e:
         raise DS4Error(f"{path}: cannot write: {e.strerror or e}") from None
     return name
-
-
-def run(
-    requests: Iterable[Any], model: Model, *, order: str = "arrival", seed: int = 0, **defaults: Any
-) -> Iterator[Result]:
-    """Results of `requests` as they finish, in no particular order; see `ds4jax.jobs.run`."""
-    from ds4jax.jobs.loop import as_lines
-
-    Options(defaults=defaults, order=order)
-    return iter(Loop(model, as_lines(requests), defaults=defaults, seed=seed, order=order))
