@@ -178,10 +178,11 @@ def table(scores: dict[str, dict]) -> str:
         row(f"bits per byte, {kind}", [f"{s['bits_per_byte'][kind]:.3f}" for s in scores.values()])
     row("next token right", [f"{s['next_token_accuracy']:.1%}" for s in scores.values()])
     row("token after next right (MTP)", [f"{s['mtp_accuracy']:.1%}" for s in scores.values()])
-    for rule in RULES:
-        for bin in next(iter(scores.values()))["recall"][rule]:
-            cells = [s["recall"][rule][bin] for s in scores.values()]
-            row(f"recall at {bin} tokens, {rule} (n = {cells[0]['answers']})", [f"{c['recall']:.0%}" for c in cells])
+    for bin in next(iter(scores.values()))["recall"][RULES[0]]:
+        cells = [[s["recall"][rule][bin] for rule in RULES] for s in scores.values()]
+        name = "recall, all of it" if bin == "all" else f"recall at {bin} tokens"
+        row(f"{name}, n = {cells[0][0]['answers']}: {' / '.join(RULES)}",
+            [" / ".join(f"{c['recall']:.0%}" for c in pair) for pair in cells])  # fmt: skip
     return "\n".join(lines)
 
 

@@ -31,6 +31,8 @@ from scripts.nano import net, pieces  # noqa: E402
 
 EXPERTS = {"f16": ("F16", "F16"), "q8": ("Q8_0", "Q8_0"), "q4": ("Q4_K", "Q4_K"), "iq3": ("IQ3_XXS", "IQ3_XXS"),
            "q2": (net.EXPERT_FORMATS["w1"], net.EXPERT_FORMATS["w2"])}  # fmt: skip
+LIMIT = 12 << 20
+"""Bytes that the shipped file may have."""
 ENDS = ("embed.weight", "head.weight")
 
 
@@ -92,9 +94,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "ds4jax/assets/nano.gguf")
     parser.add_argument("--limit", type=float, help="MiB; default 12 for q2, none for the others")
     args = parser.parse_args()
-    limit = args.limit or (12 if args.variant == "q2" else math.inf)
+    limit = args.limit * 2**20 if args.limit else LIMIT if args.variant == "q2" else math.inf
     try:
-        by_type = make(args.pieces, args.tokenizer, args.variant, args.out, limit * 2**20)
+        by_type = make(args.pieces, args.tokenizer, args.variant, args.out, limit)
     except DS4Error as e:
         raise SystemExit(f"make_nano: {e}") from None
     for name, size in sorted(by_type.items(), key=lambda kv: -kv[1]):

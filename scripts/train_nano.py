@@ -39,6 +39,7 @@ import numpy as np  # noqa: E402
 
 from ds4jax.chat.tokenizer import Tokenizer  # noqa: E402
 from ds4jax.model.config import Config  # noqa: E402
+from scripts import make_nano  # noqa: E402
 from scripts.nano import muon, net, pieces, shards, windows  # noqa: E402
 
 EVAL_LENGTH = 1024
@@ -281,6 +282,7 @@ def plot(log: Path, evals: Path, out: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["svg.fonttype"] = "none"
     import matplotlib.pyplot as plt
 
     with open(log) as f:
@@ -289,25 +291,37 @@ def plot(log: Path, evals: Path, out: Path) -> None:
         marks = list(csv.DictReader(f))
     if not rows:
         return
-    x = [float(r["tokens"]) / 1e6 for r in rows]
+    size = math.ceil(len(rows) / 100)  # means over so many rows keep the file small
+
+    def means(name: str) -> list[float]:
+        parts = [rows[i : i + size] for i in range(0, len(rows), size)]
+        return [sum(float(r[name]) for r in part) / len(part) for part in parts]
+
+    x = [t / 1e6 for t in means("tokens")]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
     for name, label in (("ce", "next token"), ("mtp", "token after next (MTP)")):
         if name in rows[0]:
-            left.plot(x, [float(r[name]) for r in rows], lw=0.8, label=label)
+            left.plot(x, means(name), lw=0.8, label=label)
     left.set(xlabel="million tokens", ylabel="training loss, nats a token", ylim=(1.0, 6.0))
     left.legend(frameon=False)
     if "kl" in rows[0]:
-        right.plot(x, [float(r["kl"]) for r in rows], lw=0.8, color="tab:green", label="indexer's KL divergence, nats")
+        right.plot(x, means("kl"), lw=0.8, color="tab:green", label="indexer's KL divergence, nats")
     for kind, marker in (("as trained", "o-"), ("through 2-bit experts", "s--")):
         at = [(float(m["tokens"]) / 1e6, float(m["bits_per_byte"])) for m in marks if m["weights"] == kind]
         if at:
             right.plot(*zip(*at, strict=True), marker, ms=3, lw=0.8, label=f"held-out bits per byte, {kind}")
-    right.set(xlabel="million tokens", ylim=(0, 3))
+    trained = [m for m in marks if m["weights"] == "as trained"]
+    needles = [name for name in (trained[0] if trained else {}) if name.startswith("needle_")]
+    if needles:
+        share = [sum(float(m[n]) for n in needles) / len(needles) for m in trained]
+        right.plot([float(m["tokens"]) / 1e6 for m in trained], share, "^-", ms=3, lw=0.8, color="tab:red",
+                   label="held-out recall, share of answers' tokens")  # fmt: skip
+    right.set(xlabel="million tokens", ylim=(0, 2.4))
     right.legend(frameon=False)
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
-    figure.savefig(out)
+    figure.savefig(out, metadata={"Date": None})
     plt.close(figure)
 
 
@@ -540,6 +554,9 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     if peak:
         say(f"at most {peak / 2**30:.1f} GiB of device memory in use")
+    if done and args.gguf:
+        make_nano.make(out, args.data / "tokenizer.json", "q2", args.gguf, make_nano.LIMIT)
+        say(f"{args.gguf}: {args.gguf.stat().st_size / 2**20:.2f} MiB")
     say("done" if done else "left early; go on with --resume")
     return result
 
@@ -549,6 +566,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--data", type=Path, required=True, help="folder with tokenizer.json, train.npz, heldout.npz")
     add("--out", type=Path, required=True)
+    add("--gguf", type=Path, help="write the file that ships here at the end, as make_nano does; not part of --minutes")
     add("--work", type=Path, help="folder for the checkpoint and compiled programs; default OUT")
     add("--config", type=Path, default=Path(__file__).resolve().parent.parent / "configs/nano.json")
     add("--minutes", type=float, default=9.0, help="wall time of the whole run, compilation and saving included")

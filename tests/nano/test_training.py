@@ -20,10 +20,13 @@ from scripts.nano import muon, net, pieces, shards, windows
 
 CONFIG = {
     "hidden_size": 256, "vocab_size": 512, "num_hidden_layers": 2, "num_nextn_predict_layers": 1,
-    "compress_ratios": [4, 128, 0], "hc_sinkhorn_iters": 2, "num_attention_heads": 2, "head_dim": 32, "qk_rope_head_dim": 16,
-    "q_lora_rank": 32, "o_groups": 1, "o_lora_rank": 32, "sliding_window": 16, "index_n_heads": 2,
-    "index_head_dim": 32, "index_topk": 4, "n_routed_experts": 3, "num_experts_per_tok": 2,
+    "compress_ratios": [4, 128, 0], "hc_sinkhorn_iters": 2, "num_attention_heads": 2, "head_dim": 32,
+    "qk_rope_head_dim": 16, "q_lora_rank": 32, "o_groups": 1, "o_lora_rank": 32, "sliding_window": 16,
+    "index_n_heads": 2, "index_head_dim": 32, "index_topk": 4, "n_routed_experts": 3, "num_experts_per_tok": 2,
     "moe_intermediate_size": 256, "num_hash_layers": 1, "max_position_embeddings": 4096,
+}  # fmt: skip
+ONE_LAYER = CONFIG | {
+    "num_hidden_layers": 1, "num_nextn_predict_layers": 0, "compress_ratios": [4], "num_hash_layers": 0
 }  # fmt: skip
 
 
@@ -72,8 +75,7 @@ def test_every_parameter_has_a_rule():
 
 def test_optimizer_steps_have_the_stated_size():
     """Muon's steps have a root mean square near 0.2 lr, and nothing moves what has no rule or no decay."""
-    one = {"num_hidden_layers": 1, "num_nextn_predict_layers": 0, "compress_ratios": [0], "num_hash_layers": 0}
-    config = Config.from_dict(CONFIG | one | {"hidden_size": 64, "moe_intermediate_size": 64})
+    config = Config.from_dict(ONE_LAYER | {"compress_ratios": [0], "hidden_size": 64, "moe_intermediate_size": 64})
     opt = muon.optimizer(config, decay=0.0)
     rng = np.random.default_rng(1)
     params = {p: jnp.asarray(rng.normal(size=s), jnp.float32) for p, (s, _) in param_shapes(config).items()}
@@ -212,16 +214,27 @@ def shortcuts(monkeypatch):
 
 @pytest.fixture(scope="module")
 def small():
-    config = Config.from_dict(CONFIG)
-    model = net.Net(config, dtype=jnp.float32)
-    tokens = jax.random.randint(jax.random.key(5), (2, 66), 3, 500)
+    """One layer with an indexer and a router, its weights, and tokens."""
+    config = Config.from_dict(ONE_LAYER)
     arrays = {p: jnp.asarray(a) for p, a in random_weights(config).items()}
-    return config, model, arrays, tokens
+    return config, net.Net(config, dtype=jnp.float32), arrays, tokens_for_tests()
 
 
-@pytest.mark.parametrize("dense", [True, pytest.param(False, marks=pytest.mark.full)])
-def test_shortcuts_change_nothing(small, dense, request):
-    config, _, arrays, tokens = small
+def tokens_for_tests():
+    return jax.random.randint(jax.random.key(5), (2, 66), 3, 500)
+
+
+@pytest.mark.parametrize(
+    ("config", "dense"),
+    [
+        (ONE_LAYER, True),
+        pytest.param(CONFIG, True, marks=pytest.mark.full),
+        pytest.param(CONFIG, False, marks=pytest.mark.full),
+    ],
+)
+def test_shortcuts_change_nothing(config, dense, request):
+    config, tokens = Config.from_dict(config), tokens_for_tests()
+    arrays = random_weights(config)
     model = net.Net(config, dtype=jnp.float32, dense=dense)
 
     def losses():
@@ -230,7 +243,8 @@ def test_shortcuts_change_nothing(small, dense, request):
     plain = losses()
     request.getfixturevalue("shortcuts")
     quick = losses()
-    assert plain.keys() == quick.keys() >= {"ce", "mtp", "kl", "imbalance"}
+    mtp = {"mtp"} if config.num_nextn_predict_layers else set()
+    assert plain.keys() == quick.keys() >= {"ce", "kl", "imbalance"} | mtp
     for name in plain:
         assert float(quick[name]) == pytest.approx(float(plain[name]), rel=1e-4), name
 
@@ -266,7 +280,7 @@ def test_balance_moves_the_bias_towards_even_loads():
 
 def test_importance_is_the_mean_square_of_what_experts_read(small):
     _, model, arrays, tokens = small
-    sites = ("layers.1.ffn_in", "layers.1.router.experts")
+    sites = ("layers.0.ffn_in", "layers.0.router.experts")
 
     def both(w, t):
         tap = Tap(names=sites)
@@ -279,9 +293,9 @@ def test_importance_is_the_mean_square_of_what_experts_read(small):
     for e in range(3):
         mine = x[(ids == e).any(axis=1)] ** 2
         expected = (mine.sum(0) + 16 * mean) / (len(mine) + 16)
-        assert np.allclose(got["layers.1.ffn.experts.in"][e], expected, rtol=1e-3, atol=1e-5)
-    assert got["layers.1.ffn.experts.mid"].shape == (3, 256)
-    assert net.expert_inputs("layers.1.ffn.experts.w2") == "layers.1.ffn.experts.mid"
+        assert np.allclose(got["layers.0.ffn.experts.in"][e], expected, rtol=1e-3, atol=1e-5)
+    assert got["layers.0.ffn.experts.mid"].shape == (3, 256)
+    assert net.expert_inputs("layers.0.ffn.experts.w2") == "layers.0.ffn.experts.mid"
 
 
 # --- schedule and scores ---------------------------------------------------------------------------------------------
@@ -356,7 +370,8 @@ def test_from_shards_to_a_gguf(tmp_path, monkeypatch):
         scores["bits_per_byte"] < 3.5
         and first["through 2-bit experts"]["bits_per_byte"] < scores["bits_per_byte"] + 0.3
     )
-    again = train_nano.train(train_nano.parse([*common, "--steps", "40", "--resume"]))
+    more = ["--steps", "40", "--resume", "--gguf", f"{tmp_path}/early.gguf"]
+    again = train_nano.train(train_nano.parse([*common, *more]))
     assert again["as trained"]["bits_per_byte"] < scores["bits_per_byte"]
     with open(out / "log.csv") as f:
         rows = list(csv.DictReader(f))
@@ -368,6 +383,7 @@ def test_from_shards_to_a_gguf(tmp_path, monkeypatch):
     assert notes["step"] == 40 and notes["qat"] and len(importance) == 2 * 3
     by_type = make_nano.make(out, tmp_path / "tokenizer.json", "q2", tmp_path / "q2.gguf", 12 << 20)
     assert {"IQ2_XXS", "Q2_K", "Q8_0", "F16", "F32", "I32"} <= by_type.keys()
+    assert (tmp_path / "early.gguf").read_bytes() == (tmp_path / "q2.gguf").read_bytes()
     make_nano.make(out, tmp_path / "tokenizer.json", "f16", tmp_path / "f16.gguf", 1 << 30)
     with weights.open_checkpoint(tmp_path / "f16.gguf") as ckpt:
         loaded = weights.load_arrays(ckpt, progress=False)
