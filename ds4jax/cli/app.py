@@ -11,13 +11,14 @@ from typing import Annotated
 import typer
 
 from ds4jax.cli import console
+from ds4jax.cli.batch import batch
 from ds4jax.cli.chat import chat
 from ds4jax.cli.convert import convert
 from ds4jax.cli.generate import generate
 from ds4jax.cli.inspect import inspect
 from ds4jax.errors import DS4Error
 
-COMMANDS = (generate, chat, inspect, convert)
+COMMANDS = (generate, chat, batch, inspect, convert)
 
 TRACEBACK = "DS4JAX_TRACEBACK"  # environment variable: let unexpected errors through
 
@@ -51,6 +52,7 @@ def program(
     Start here:
       ds4jax generate nano "Once upon a time"      continue a text with the small model inside the package
       ds4jax chat model.gguf                       talk with a model
+      ds4jax batch jobs.jsonl -o out/              run a file of requests
       ds4jax inspect model.gguf                    what a file holds, and the memory it needs
       ds4jax convert model.gguf model.orbax        keep the packed weights as an orbax checkpoint
 

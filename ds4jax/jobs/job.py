@@ -56,6 +56,17 @@ class Options:
         except BadRecord as e:
             raise DS4Error(f"defaults: {e}") from None
 
+    def job(self, inputs: list[dict[str, Any]], fingerprint: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """What a job is: what may not change from run to run."""
+        return {
+            "inputs": inputs,
+            "model": fingerprint,
+            "options": {
+                **settings, "defaults": dict(self.defaults), "seed": self.seed, "columns": dict(self.columns),
+                "output": "parquet" if self.parquet else "jsonl",
+            },
+        }  # fmt: skip
+
 
 def run_job(
     inputs: Sequence[str | os.PathLike[str]], model: Callable[[], Model], out: str | os.PathLike[str],
@@ -82,16 +93,9 @@ def run_job(
     store = Store(out, shard_bytes=options.shard_bytes, parquet=options.parquet, sync_seconds=options.sync_seconds)
     finished = False
     try:
-        found = _find(inputs, store)
+        found = find_inputs(inputs, store)
         loaded = model()
-        job = {
-            "inputs": [s.identity() for s in found],
-            "model": loaded.fingerprint,
-            "options": {
-                **loaded.settings, "defaults": dict(options.defaults), "seed": options.seed,
-                "columns": dict(options.columns), "output": "parquet" if options.parquet else "jsonl",
-            },
-        }  # fmt: skip
+        job = options.job([s.identity() for s in found], loaded.fingerprint, loaded.settings)
         store.begin(job, accept_changes=options.accept_changes)
         view = _run(found, loaded, store, options)
         finished = view.state == "finished"
@@ -101,7 +105,7 @@ def run_job(
     return view
 
 
-def _find(inputs: Sequence[str | os.PathLike[str]], store: Store) -> list[sources.Source]:
+def find_inputs(inputs: Sequence[str | os.PathLike[str]], store: Store) -> list[sources.Source]:
     """The input files; stdin as a copy in the job's folder."""
     kept = store.folder / "input.jsonl"
     if not inputs:
@@ -200,11 +204,12 @@ def _run(found: list[sources.Source], model: Model, store: Store, options: Optio
 def write(store: Store, result: Result, token_text: Callable[[int], str]) -> None:
     """One result to disk; captured activations first, so that a record never names a file that is not there."""
     if activations := result.activations:
-        result.captured = _write_activations(store.folder, result.place.index, activations)
+        result.captured = write_activations(store.folder, result.place.index, activations)
     store.append(result.to_json(token_text, plain=store.parquet), error=result.error is not None)
 
 
-def _write_activations(folder: Path, index: int, arrays: Mapping[str, Any]) -> str:
+def write_activations(folder: Path, index: int, arrays: Mapping[str, Any]) -> str:
+    """Write {site: array} to captured/INDEX.safetensors; the name in the job's folder."""
     import numpy as np
     from safetensors.numpy import save_file
 

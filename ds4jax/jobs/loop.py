@@ -94,6 +94,55 @@ class Model(Protocol):
     def stats(self) -> Stats: ...
 
 
+class Reader:
+    """Checks lines one after the other and passes over those that are done.
+
+    Attributes:
+      read: lines read so far; passed: those passed over.
+    """
+
+    def __init__(self, lines: Iterable[Line], defaults: Mapping[str, Any] | None = None, done: Done | None = None):
+        self.defaults, self.done = defaults, done
+        self.read = self.passed = 0
+        self._lines = iter(lines)
+        self._ids: set[int] = set()
+
+    def __iter__(self) -> Iterator[tuple[Line, Record | BadRecord]]:
+        for line in self._lines:
+            self.read += 1
+            passed = self.done is not None and line.place.index in self.done
+            try:
+                got: Record | BadRecord = self._parse(line, passed)
+            except BadRecord as e:
+                got = e
+            if passed:
+                self.passed += 1
+            else:
+                yield line, got
+
+    def _parse(self, line: Line, passed: bool) -> Record:
+        """Raises BadRecord. Of a line that is done only the id is noted: another may not have it."""
+        if isinstance(line.raw, BadRecord):
+            raise line.raw
+        record, error = None, None
+        try:
+            record = parse(line.raw, line.place, self.defaults)
+        except BadRecord as e:
+            error = e
+        id, form = (record.id, record.form) if record else (error.id, error.form)
+        if id is not None:
+            # 64 bits of a salted hash: the first of two lines with one id runs, the second is refused
+            key = hash(("plain" if form == "plain" else "openai", type(id).__name__, id))
+            if key in self._ids and not passed:
+                name = "id" if form == "plain" else "custom_id"
+                message = f"{name} {id!r} is that of an earlier line: give each its own"
+                raise BadRecord(message, "duplicate_id", form, id)
+            self._ids.add(key)
+        if error is not None:
+            raise error
+        return record
+
+
 @dataclasses.dataclass
 class _Open:
     """A record whose outputs are not all there."""
@@ -119,8 +168,6 @@ class Loop:
       order: "arrival", or "longest": longest first within what has been read, which leaves few slots idle at the end.
 
     Attributes:
-      read: records read so far, passed over ones included.
-      passed: records passed over.
       exhausted: whether all lines have been read.
     """
 
@@ -131,14 +178,11 @@ class Loop:
     ):  # fmt: skip
         if order not in ORDERS:
             raise DS4Error(f"order {order!r}: choose one of {', '.join(ORDERS)}")
-        self.model, self.defaults, self.seed = model, defaults, seed
-        self.done, self.order, self.window, self.tick = done, order, max(1, window), tick
-        self.read = self.passed = 0
+        self.model, self.seed, self.order, self.window, self.tick = model, seed, order, max(1, window), tick
         self.exhausted = self.draining = False
-        self._lines = iter(lines)
+        self._records = iter(Reader(lines, defaults, done))
         self._open: dict[int, _Open] = {}  # by index
         self._owner: dict[int, _Open] = {}  # by sequence
-        self._ids: set[int] = set()
         self._failure: BaseException | None = None
 
     @property
@@ -187,54 +231,24 @@ class Loop:
         most = self.window if self.order == "longest" else PULL
         while len(ready) < most and len(self._owner) + len(ready) < self.window:
             try:
-                line = next(self._lines, None)
+                line, record = next(self._records, (None, None))
             except Exception as e:  # noqa: BLE001
                 self._failure, line = e, None
             if line is None:
                 self.exhausted = True
                 break
-            self.read += 1
-            passed = self.done is not None and line.place.index in self.done
             try:
-                record = self._parse(line, passed)
-                if passed:
-                    self.passed += 1
-                    continue
+                if isinstance(record, BadRecord):
+                    raise record
                 ready.append((record, self._prepare(record)))
             except BadRecord as e:
-                if passed:
-                    self.passed += 1
-                else:
-                    yield Result(line.place, None, error=e, fingerprint=self.model.fingerprint)
+                yield Result(line.place, None, error=e, fingerprint=self.model.fingerprint)
         if self.order == "longest":
             ready.sort(key=lambda r: -max(map(self.model.length, r[1])))
         for record, tasks in ready:
             o = _Open(record, [self.model.submit(t) for t in tasks], {})
             self._open[record.place.index] = o
             self._owner |= dict.fromkeys(o.numbers, o)
-
-    def _parse(self, line: Line, passed: bool) -> Record | None:
-        """Raises BadRecord. Of a record passed over only the id is noted: another may not have it."""
-        if isinstance(line.raw, BadRecord):
-            raise line.raw
-        record, error = None, None
-        try:
-            record = parse(line.raw, line.place, self.defaults)
-        except BadRecord as e:
-            error = e
-        id, form = (record.id, record.form) if record else (error.id, error.form)
-        if id is not None:
-            # 64 bits of a salted hash: the first of two lines with one id runs, the second is refused
-            key = hash(("plain" if form == "plain" else "openai", type(id).__name__, id))
-            if key in self._ids and not passed:
-                name = "id" if form == "plain" else "custom_id"
-                raise BadRecord(
-                    f"{name} {id!r} is that of an earlier line: give each its own", "duplicate_id", form, id
-                )
-            self._ids.add(key)
-        if error is not None:
-            raise error
-        return record
 
     def _prepare(self, record: Record) -> list[Any]:
         try:
