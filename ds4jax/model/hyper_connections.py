@@ -14,7 +14,9 @@ from flax import nnx
 
 from ds4jax import quant
 from ds4jax.model.config import Config
-from ds4jax.model.layers import normal, rms, value
+from ds4jax.model.layers import RMSNorm, normal, rms, scaled_rms, value
+from ds4jax.pallas import hyper_connections as kernels
+from ds4jax.quant import api
 
 Array = jax.Array
 
@@ -28,13 +30,51 @@ def sinkhorn(logits: Array, iterations: int, eps: float) -> Array:
         c = c / (jnp.sum(c, axis=-1, keepdims=True) + eps)
         return c / (jnp.sum(c, axis=-2, keepdims=True) + eps)
 
-    return jax.lax.fori_loop(0, iterations - 1, normalize, c)  # unrolled, it would be most of the program's compile time
+    # unrolled, it would be most of the program's compile time
+    return jax.lax.fori_loop(0, iterations - 1, normalize, c)
 
 
 def _mix_logits(streams: Array, fn, eps: float) -> Array:
     """`(fn @ flatten(X)) · rsqrt(mean(flatten(X)²) + eps)`: streams [..., S, D], fn [n, S·D] → float32 [..., n]."""
     flat = streams.astype(jnp.float32).reshape(*streams.shape[:-2], -1)
     return quant.matmul(rms(flat, eps), fn)
+
+
+def _enter(streams, fn, base, scale, weight, iterations, hc_eps, rms_eps):
+    S = streams.shape[-2]
+    z = _mix_logits(streams, fn, rms_eps)
+    base, scale = base.astype(jnp.float32), scale.astype(jnp.float32)
+    pre = jax.nn.sigmoid(z[..., :S] * scale[0] + base[:S]) + hc_eps
+    post = 2 * jax.nn.sigmoid(z[..., S : 2 * S] * scale[1] + base[S : 2 * S])
+    comb = (z[..., 2 * S :] * scale[2] + base[2 * S :]).reshape(*z.shape[:-1], S, S)
+    x = scaled_rms(collapse(streams, pre), weight, rms_eps)
+    return x, pre, post, sinkhorn(comb, iterations, hc_eps)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _kernel(streams, fn, base, scale, weight, iterations, hc_eps, rms_eps):
+    return kernels.enter(streams, fn, base, scale, weight, iterations=iterations, hc_eps=hc_eps, rms_eps=rms_eps)
+
+
+def _kernel_bwd(iterations, hc_eps, rms_eps, args, g):
+    return jax.vjp(lambda *a: _enter(*a, iterations, hc_eps, rms_eps), *args)[1](g)
+
+
+_kernel.defvjp(lambda *args: (_kernel(*args), args[:5]), _kernel_bwd)
+
+IMPLEMENTATIONS = {"pallas": _kernel, "xla": _enter}
+
+
+def enter(
+    streams: Array, fn: Array, base: Array, scale: Array, weight: Array, *, iterations: int, hc_eps: float,
+    rms_eps: float, implementation: str | None = None,
+) -> tuple[Array, Array, Array, Array]:  # fmt: skip
+    """Streams [B, T, S, D] → a sublayer's input [B, T, D], pre, post [B, T, S], comb [B, T, S, S].
+
+    fn [(2+S)·S, S·D], base [(2+S)·S], scale [3]: of a `HyperConnection`. weight [D]: of the norm after the collapse.
+    """
+    args = (streams, fn, base, scale, weight, iterations, hc_eps, rms_eps)
+    return api.run("hyper_connections.enter", IMPLEMENTATIONS, implementation, *args)
 
 
 class HyperConnection(nnx.Module):
@@ -53,15 +93,13 @@ class HyperConnection(nnx.Module):
         self.S, self.iterations = S, config.hc_sinkhorn_iters
         self.hc_eps, self.rms_eps = config.hc_eps, config.rms_norm_eps
 
-    def __call__(self, streams: Array) -> tuple[Array, Array, Array]:
-        """streams [B, T, S, D] → pre [B, T, S], post [B, T, S], comb [B, T, S, S], float32."""
-        S = self.S
-        z = _mix_logits(streams, value(self.fn), self.rms_eps)
-        base, scale = value(self.base).astype(jnp.float32), value(self.scale).astype(jnp.float32)
-        pre = jax.nn.sigmoid(z[..., :S] * scale[0] + base[:S]) + self.hc_eps
-        post = 2 * jax.nn.sigmoid(z[..., S : 2 * S] * scale[1] + base[S : 2 * S])
-        comb = (z[..., 2 * S :] * scale[2] + base[2 * S :]).reshape(*z.shape[:-1], S, S)
-        return pre, post, sinkhorn(comb, self.iterations, self.hc_eps)
+    def __call__(self, streams: Array, norm: RMSNorm) -> tuple[Array, Array, Array, Array]:
+        """What a sublayer needs: streams [B, T, S, D] → its input x [B, T, D], collapsed and normed, and in float32
+        pre [B, T, S], post [B, T, S], comb [B, T, S, S]."""
+        return enter(
+            streams, value(self.fn), value(self.base), value(self.scale), value(norm.weight),
+            iterations=self.iterations, hc_eps=self.hc_eps, rms_eps=self.rms_eps,
+        )  # fmt: skip
 
 
 class HyperHead(nnx.Module):

@@ -43,6 +43,11 @@ def rms(x: Array, eps: float) -> Array:
     return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
 
 
+def scaled_rms(x: Array, weight: Array, eps: float) -> Array:
+    """`weight · rms(x)`, computed in float32 and returned in x's dtype."""
+    return (rms(x, eps) * weight.astype(jnp.float32)).astype(x.dtype)
+
+
 class RMSNorm(nnx.Module):
     """`weight · rms(x)`, computed in float32 and returned in x's dtype."""
 
@@ -51,7 +56,7 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Array) -> Array:
-        return (rms(x, self.eps) * value(self.weight).astype(jnp.float32)).astype(x.dtype)
+        return scaled_rms(x, value(self.weight), self.eps)
 
 
 def rope_frequencies(config: Config, ratio: int) -> np.ndarray:

@@ -57,9 +57,11 @@ class Block(nnx.Module):
 
     @staticmethod
     def _enter(streams: Array, hc: HyperConnection, norm: RMSNorm, tap: Tap, name: str):
-        weights = hc(streams)
-        pre, post, comb = (tap(f"{name}.{part}", w) for part, w in zip(("pre", "post", "comb"), weights, strict=True))
-        return tap(f"{name}_in", norm(collapse(streams, pre))), post, comb
+        x, pre, post, comb = hc(streams, norm)
+        edited = tap(f"{name}.pre", pre)
+        if edited is not pre:  # an edit of the collapse: the input made with it does not count
+            x = norm(collapse(streams, edited))
+        return tap(f"{name}_in", x), tap(f"{name}.post", post), tap(f"{name}.comb", comb)
 
 
 class MTP(Block):
