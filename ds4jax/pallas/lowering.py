@@ -1,0 +1,316 @@
+"""Everything that knows how a kernel reaches a device.
+
+Kernels are written against this module: `call` runs one, `load` and `store` move tiles, and a handful of word
+operations (`dot4`, `permute`, …) become single instructions where the device has them and plain arithmetic elsewhere,
+so that the same kernel runs in interpret mode on a CPU. Moving a kernel to another lowering, or to a JAX release in
+which names have moved, should touch this file alone.
+
+Today there is one lowering, Pallas's Triton one, for NVIDIA GPUs from compute capability 8.0.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+
+Array = jax.Array
+
+MIN_CAPABILITY = 8.0  # dp4a is older, but bf16 tensor cores are not
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """Shape of a kernel's work. Every number is a power of two.
+
+    rows: output rows of a program. units: steps of the decoder along the input axis that a program takes at once.
+    warps, stages: Triton's num_warps and num_stages. tokens: rows of activations of a program (matrix kernels).
+    """
+
+    rows: int = 8
+    units: int = 64
+    warps: int = 4
+    stages: int = 2
+    tokens: int = 16
+
+
+# ---- mode ------------------------------------------------------------------------------------------------------------
+
+_interpret: contextvars.ContextVar[bool | None] = contextvars.ContextVar("ds4jax_interpret", default=None)
+
+
+@contextlib.contextmanager
+def interpreted(on: bool = True) -> Iterator[None]:
+    """Run kernels traced inside in interpret mode (True), or insist on compiling them (False)."""
+    token = _interpret.set(on)
+    try:
+        yield
+    finally:
+        _interpret.reset(token)
+
+
+def interpreting() -> bool:
+    """Whether kernels traced now are interpreted. Compiled is the default."""
+    return bool(_interpret.get())
+
+
+@functools.cache
+def device_reason() -> str | None:
+    """Why kernels cannot be compiled for JAX's default device, or None where they can."""
+    device = jax.devices()[0]
+    if device.platform not in ("gpu", "cuda"):
+        return f"kernels are for NVIDIA GPUs, not {device.platform}"
+    if "rocm" in getattr(device.client, "platform_version", "").lower():
+        return "kernels are not tried on AMD yet"
+    capability = float(getattr(device, "compute_capability", 0) or 0)
+    if capability < MIN_CAPABILITY:
+        return f"{device.device_kind} has compute capability {capability}; kernels need {MIN_CAPABILITY}"
+    try:
+        _triton()
+    except ImportError as e:
+        return f"this JAX has no Triton lowering of Pallas: {e}"
+    return None
+
+
+def require_device() -> None:
+    """NotImplementedError where kernels traced now could not run."""
+    if _interpret.get() is None and (reason := device_reason()):
+        raise NotImplementedError(reason)
+
+
+def device_kind() -> str:
+    """Name of JAX's default device, as tuning files know it."""
+    return jax.devices()[0].device_kind
+
+
+# ---- running a kernel ------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _triton():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from jax.experimental.pallas import triton
+
+    return triton
+
+
+@functools.cache
+def _quiet() -> None:
+    # JAX announces at every call that this lowering will go; knowing it here, once, is enough.
+    warnings.filterwarnings("ignore", message=".*Pallas Triton.*")
+
+
+def call(
+    kernel: Callable[..., None],
+    out: jax.ShapeDtypeStruct | Sequence[jax.ShapeDtypeStruct],
+    *args: Array,
+    grid: tuple[int, ...],
+    tuning: Tuning,
+    name: str,
+) -> Any:
+    """Run `kernel(*input refs, *output refs)` over `grid`; every ref is a whole array in device memory."""
+    if interpreting():
+        return pl.pallas_call(kernel, out_shape=out, grid=grid, interpret=True, name=name)(*args)
+    triton = _triton()
+    _quiet()
+    params = getattr(triton, "CompilerParams", None) or triton.TritonCompilerParams
+    params = params(num_warps=tuning.warps, num_stages=tuning.stages)
+    return pl.pallas_call(kernel, out_shape=out, grid=grid, compiler_params=params, name=name)(*args)
+
+
+@functools.cache
+def _load_function() -> Callable[..., Array]:
+    triton = _triton()
+    return triton.load if hasattr(triton, "load") else lambda ref, **kw: pl.load(ref.ref, ref.indices, **kw)
+
+
+def load(ref: Any, index: tuple[Any, ...], *, mask: Array | None = None, stream: bool = False) -> Array:
+    """`ref[index]` for integer arrays and scalars, 0 where `mask` is False.
+
+    stream: these bytes are read once; they should not push others out of the cache.
+    """
+    index = tuple(jnp.asarray(i) if isinstance(i, np.ndarray) else i for i in index)
+    if interpreting():
+        value = ref[index]
+        return value if mask is None else jnp.where(mask, value, 0)
+    kw: dict[str, Any] = {} if mask is None else {"mask": mask, "other": np.zeros((), ref.dtype)}
+    if stream:
+        kw["eviction_policy"] = "evict_first"
+    return _load_function()(ref.at[index], **kw)
+
+
+def store(ref: Any, index: tuple[Any, ...], value: Array, *, mask: Array | None = None) -> None:
+    """`ref[index] = value` where `mask` is True."""
+    value = value.astype(ref.dtype)
+    if interpreting():
+        ref[index] = value if mask is None else jnp.where(mask, value, ref[index])
+    elif hasattr(_triton(), "store"):
+        _triton().store(ref.at[index], value, mask=mask)
+    else:
+        pl.store(ref, index, value, mask=mask)
+
+
+def loop(n: int, body: Callable[[Any, Any], Any], carry: Any) -> Any:
+    """`for i in range(n): carry = body(i, carry)`; written out when there is one turn, so that indices are constants."""
+    if n == 1:
+        return body(0, carry)
+    return lax.fori_loop(0, n, body, carry)
+
+
+# ---- words -----------------------------------------------------------------------------------------------------------
+# A word is four bytes in an int32 or uint32; all take and give arrays of words of one shape.
+
+
+def _bits(x: Array, dtype: Any = jnp.int32) -> Array:
+    return x if x.dtype == dtype else lax.bitcast_convert_type(x, dtype)
+
+
+def _asm(code: str, args: Sequence[Array]) -> Array:
+    shape = jnp.broadcast_shapes(*(a.shape for a in args))
+    args = [jnp.broadcast_to(a, shape) for a in args]
+    constraints = ",".join(["=r"] + ["r"] * len(args))
+    # signed: Triton's integers have no sign, and results are not translated as arguments are
+    kw = dict(args=args, constraints=constraints, pack=1, result_shape_dtypes=[jax.ShapeDtypeStruct(shape, jnp.int32)])
+    (out,) = _triton().elementwise_inline_asm(code, **kw)
+    return out
+
+
+def _byte(x: Array, i: int) -> Array:
+    """Byte i of each word, signed."""
+    return (_bits(x) << (24 - 8 * i)) >> 24
+
+
+def dot4(a: Array, b: Array, c: Array | None = None) -> Array:
+    """Σ of the products of four signed bytes, plus c: int32."""
+    a, b = _bits(a), _bits(b)
+    if interpreting():
+        out = sum(_byte(a, i) * _byte(b, i) for i in range(4))
+        return out if c is None else out + c
+    if c is None:
+        c = jnp.zeros(jnp.broadcast_shapes(a.shape, b.shape), jnp.int32)
+    return _asm("dp4a.s32.s32 $0, $1, $2, $3;", (a, b, c))
+
+
+def permute(low: int, high: int, selectors: Array) -> Array:
+    """Look four bytes up in a table of eight: result byte i is table[nibble i of selectors].
+
+    low, high: entries 0-3 and 4-7. Nibbles must be below 8; only the low 16 bits of a selector count. uint32.
+    """
+    selectors = _bits(selectors)
+    if interpreting():
+        words = [jnp.full(selectors.shape, np.uint32(w).astype(np.int32)) for w in (low, high)]
+        return pick(*words, selectors)
+    words = [np.uint32(w).astype(np.int32) for w in (low, high)]
+    table = [jnp.full(selectors.shape, w, jnp.int32) for w in words]
+    return _bits(_asm("prmt.b32 $0, $1, $2, $3;", (*table, selectors)), jnp.uint32)
+
+
+def pick(a: Array, b: Array, selectors: Array | int) -> Array:
+    """Byte i of the result is byte (nibble i of selectors) of the eight bytes a, b. uint32."""
+    a, b = _bits(a), _bits(b)
+    if isinstance(selectors, int):
+        selectors = jnp.full(jnp.broadcast_shapes(a.shape, b.shape), selectors, jnp.int32)
+    selectors = _bits(selectors)
+    if interpreting():
+        out = 0
+        for i in range(4):
+            n = selectors >> 4 * i & 7
+            byte = jnp.where(n < 4, a >> 8 * (n & 3), b >> 8 * (n & 3)) & 255
+            out = out | byte << 8 * i
+        return _bits(out, jnp.uint32)
+    return _bits(_asm("prmt.b32 $0, $1, $2, $3;", (a, b, selectors)), jnp.uint32)
+
+
+def opaque(x: Array) -> Array:
+    """x, with its regularity hidden from the compiler: loads indexed by it are not given to fewer, wider threads."""
+    return x if interpreting() else _asm("mov.b32 $0, $1;", (x,))
+
+
+def words_of_bytes(x: Array) -> Array:
+    """int8[..., 4n] → int32[..., n], the same bytes; no instruction where a thread holds the four."""
+    n = x.shape[-1] // 4
+    quads = (*x.shape[:-1], n, 4)
+    if interpreting():
+        q = x.reshape(quads).astype(jnp.int32) & 255
+        return q[..., 0] | q[..., 1] << 8 | q[..., 2] << 16 | q[..., 3] << 24
+    code = "mov.b32 $0, $4; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0;"  # four bytes come as one register
+    shape = jax.ShapeDtypeStruct(x.shape, jnp.int32)
+    (wide,) = _triton().elementwise_inline_asm(
+        code, args=[x], constraints="=r,=r,=r,=r,r", pack=4, result_shape_dtypes=[shape]
+    )
+    return unstack4(wide.reshape(quads))[0]
+
+
+def bytes_of_words(words: Array) -> Array:
+    """32-bit words [..., n] → their signed bytes as int32 [..., 4n], lowest first."""
+    shifts = 24 - 8 * jnp.arange(4, dtype=jnp.int32)
+    out = (_bits(words)[..., None] << shifts) >> 24
+    return out.reshape(*words.shape[:-1], -1)
+
+
+def unstack4(x: Array) -> list[Array]:
+    """[..., 4] → four [...]; no data moves where a thread holds the four."""
+    if interpreting():
+        return [x[..., i] for i in range(4)]
+    return [lax.squeeze(p, (p.ndim - 1,)) for p in lax.split(x, (1, 1, 1, 1), axis=x.ndim - 1)]
+
+
+def _join(a: Array, b: Array) -> Array:
+    return jnp.concatenate([a[..., None], b[..., None]], axis=-1)
+
+
+def stack4(parts: Sequence[Array]) -> Array:
+    """Four [...] → [..., 4]."""
+    if interpreting():
+        return jnp.stack(parts, axis=-1)
+    w0, w1, w2, w3 = parts
+    both = _join(_join(w0, w2), _join(w1, w3))
+    return both.reshape(*both.shape[:-2], 4)
+
+
+def matrix_product(a: Array, b: Array) -> Array:
+    """a[M, K] · b[N, K]ᵀ → float32 [M, N] on tensor cores; float32 inputs are multiplied in full."""
+    exact = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return lax.dot_general(a, b, (((1,), (1,)), ((), ())), precision=exact, preferred_element_type=jnp.float32)
+
+
+# ---- compiling without a device --------------------------------------------------------------------------------------
+
+
+def lower_for_cuda(fn: Callable[..., Any], *args: Any, kind: str = "NVIDIA H200") -> str:
+    """Lower `jit(fn)(*args)` for an NVIDIA GPU that need not exist: the program's text, Triton modules inside.
+
+    Finds what a lowering does not support without a GPU. args: arrays or shapes.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(interpreted(False))
+        mesh = _abstract_mesh(kind)
+        if mesh is not None:
+            stack.enter_context(mesh)
+        traced = jax.jit(fn).trace(*args)
+        platforms = {"lowering_platforms": ("cuda",)}
+        return traced.lower(**platforms).as_text()
+
+
+def _abstract_mesh(kind: str) -> Any:
+    """A context in which newer releases, which ask what the device is, find one."""
+    try:
+        from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+    except ImportError:
+        return None
+    fields = {"device_kind": kind, "num_cores": None, "platform": "gpu"}
+    device = AbstractDevice(**{n: fields[n] for n in inspect.signature(AbstractDevice).parameters if n in fields})
+    mesh = AbstractMesh((), (), abstract_device=device)
+    return use_abstract_mesh(mesh)
