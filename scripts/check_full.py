@@ -9,6 +9,7 @@ usage: python scripts/check_full.py /dev/shm/full.gguf [--layers 43] [--set embd
    finite.
 3. Computes a file of --twin-layers layers of the same width here in bfloat16 and on the CPU in float32, and prints the
    correlation of their logits.
+4. Computes the prompt's teacher-forced logits with the whole model.
 
 Exit code 1 if a check fails.
 """
@@ -68,7 +69,7 @@ def write(args, path: Path, layers: int, report: Report) -> None:
     report.say(f"write_{layers}_s", seconds, f"wrote {path}, {path.stat().st_size / 2**30:.2f} GiB, in {seconds:.1f} s")
 
 
-def whole(args, report: Report) -> None:
+def whole(args, report: Report) -> ds4jax.LM:
     device = jax.devices()[0]
     before = in_use(device)
     start = time.perf_counter()
@@ -99,6 +100,14 @@ def whole(args, report: Report) -> None:
             burst = runtime.engine.BURST
             rate = (len(tokens) - burst) / (times[-1] - times[0])
             report.say(f"{turn}_decode", rate, f"{turn}: decode {rate:.1f} tokens/s")
+    stats = device.memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        report.say("peak_gib", stats["peak_bytes_in_use"] / 2**30, f"peak {stats['peak_bytes_in_use'] / 2**30:.2f} GiB")
+    return lm
+
+
+def forced(args, report: Report, lm: ds4jax.LM) -> None:
+    prompt = np.random.default_rng(0).integers(0, lm.config.vocab_size, args.prompt).tolist()
     logits = np.asarray(lm.logits(prompt))
     finite = bool(np.isfinite(logits).all())
     report.say("logits_std", float(logits.std()), f"prefill logits: standard deviation {logits.std():.3f}", finite)
@@ -106,9 +115,6 @@ def whole(args, report: Report) -> None:
     jax.block_until_ready(lm.logits(prompt))
     seconds = time.perf_counter() - start
     report.say("prefill", args.prompt / seconds, f"teacher-forced logits: {args.prompt / seconds:.0f} tokens/s")
-    stats = device.memory_stats() or {}
-    if "peak_bytes_in_use" in stats:
-        report.say("peak_gib", stats["peak_bytes_in_use"] / 2**30, f"peak {stats['peak_bytes_in_use'] / 2**30:.2f} GiB")
 
 
 def twin(args, report: Report) -> None:
@@ -150,9 +156,10 @@ def main() -> None:
     report = Report()
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}", flush=True)
     write(args, args.file, args.layers, report)
-    whole(args, report)
+    lm = whole(args, report)
     if args.twin_layers:
         twin(args, report)
+    forced(args, report, lm)
     if args.json:
         args.json.write_text(json.dumps(report.numbers, indent=1) + "\n")
     sys.exit(0 if report.good else 1)
