@@ -180,7 +180,7 @@ class Plan:
         for b, c in enumerate(chosen):
             first, end = at // m, (at + int(n_valid[b])) // m
             places = np.arange(end - first)
-            if c is not None:
+            if c is not None and self.positions is not None:
                 places = places[np.isin((first + places + 1) * m - 1, c)]
             if len(places):
                 pieces[b][site.name].append(value[b, places])
@@ -268,9 +268,9 @@ class Kept:
         self.count, self.length = self.count + used, position + used
         for site in self.sites:
             new = rows[site.name][:used]
-            if site.per_entry:  # [n, 1, d]: an entry was finished where a block of tokens ends
+            if site.per_entry:  # an entry was finished where a block of tokens ends
                 m = self.config.ratio(site.layer)
-                new = new[(position + np.arange(used)) % m == m - 1, 0]
+                new = new[(position + np.arange(used)) % m == m - 1]
             kept = self.parts[site.name]
             if self.reduce == "last":
                 kept[:] = [new[-1:]] if len(new) else kept

@@ -116,7 +116,8 @@ def _atomic(path: Path, data: bytes) -> None:
 
 
 def _read_f32(path: Path):
-    raw = np.frombuffer(path.read_bytes(), "<f4")
+    data = path.read_bytes()
+    raw = np.frombuffer(data[: len(data) // 4 * 4], "<f4")
     info: dict[str, Any] = {}
     side = path.with_suffix(".json")
     if side.exists():
@@ -126,8 +127,8 @@ def _read_f32(path: Path):
             raise DS4Error(f"{side}: no JSON ({e}); write it anew or remove it") from None
         if not isinstance(info, dict):
             raise DS4Error(f"{side}: must hold an object")
-    if path.stat().st_size % 4 or not raw.size:
-        raise DS4Error(f"{path}: {path.stat().st_size} bytes are no float32 values; the file is damaged")
+    if len(data) % 4 or not raw.size:
+        raise DS4Error(f"{path}: {len(data)} bytes are no float32 values; the file is damaged")
     operation = str(info.get("operation", "project"))
     if operation != "project":
         raise DS4Error(f"{side}: says operation {operation!r}, but .f32 files are for projection; use .safetensors")
