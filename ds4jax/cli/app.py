@@ -12,13 +12,15 @@ import typer
 
 from ds4jax.cli import console
 from ds4jax.cli.batch import batch
+from ds4jax.cli.capture import capture
 from ds4jax.cli.chat import chat
 from ds4jax.cli.convert import convert
 from ds4jax.cli.generate import generate
 from ds4jax.cli.inspect import inspect
+from ds4jax.cli.steer import steer
 from ds4jax.errors import DS4Error
 
-COMMANDS = (generate, chat, batch, inspect, convert)
+COMMANDS = (generate, chat, batch, inspect, convert, capture)
 
 TRACEBACK = "DS4JAX_TRACEBACK"  # environment variable: let unexpected errors through
 
@@ -30,6 +32,7 @@ app = typer.Typer(
 )  # fmt: skip
 for command in COMMANDS:
     app.command()(command)
+app.add_typer(steer, name="steer")
 
 
 def _version(wanted: bool) -> None:
@@ -55,6 +58,8 @@ def program(
       ds4jax batch jobs.jsonl -o out/              run a file of requests
       ds4jax inspect model.gguf                    what a file holds, and the memory it needs
       ds4jax convert model.gguf model.orbax        keep the packed weights as an orbax checkpoint
+      ds4jax capture nano --list                   the activations that can be read and changed
+      ds4jax steer build nano a.txt b.txt -o d.gguf    a direction from pairs of prompts
 
     \b
     MODEL is a GGUF file (or the first of a split), a checkpoint's folder from the hub, a folder that
