@@ -1,5 +1,15 @@
 """Look inside and change what is there: sites, capture, interventions, directions, steering, reading aids."""
 
+from ds4jax.interp.aids import (
+    attribute_logits,
+    expert_use,
+    gradients,
+    indexer_map,
+    logit_lens,
+    patch,
+    report,
+)
+from ds4jax.interp.build import Sweep, build_directions, sweep
 from ds4jax.interp.capture import Reading
 from ds4jax.interp.directions import Directions
 from ds4jax.interp.interventions import (
@@ -33,16 +43,26 @@ __all__ = [
     "Reading",
     "Site",
     "Steering",
+    "Sweep",
     "When",
     "add",
     "apply",
+    "attribute_logits",
+    "build_directions",
     "clamp",
+    "expert_use",
+    "gradients",
+    "indexer_map",
+    "logit_lens",
     "match_sites",
     "open_capture",
+    "patch",
     "pin",
     "project",
     "replace",
+    "report",
     "scale",
     "site_table",
     "sites",
+    "sweep",
 ]
