@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ds4jax import quant
-from ds4jax.model.cache import LayerCache
+from ds4jax.model.cache import LayerCache, everything, pick
 from ds4jax.model.compressor import Compressor, Step, write_entries
 from ds4jax.model.config import Config
 from ds4jax.model.layers import Linear, RMSNorm, rms, rope_frequencies, rotate, simulate_fp4, simulate_fp8, value
@@ -198,17 +198,16 @@ class Attention(nnx.Module):
         N = cache.entries.shape[1]
         visible = jnp.arange(N, dtype=jnp.int32) < (jax.lax.div(positions + 1, self.ratio))[..., None]
         if self.ratio != 4:
-            return [(cache.entries, visible)], {}
-        scores = self.indexer.scores(*index_query, cache.index_keys)
+            return [(everything(cache.entries), visible)], {}
+        scores = self.indexer.scores(*index_query, everything(cache.index_keys))
         topk = self.indexer.select(scores, visible)
         seen = {"indexer.scores": jnp.where(visible, scores, -jnp.inf), "indexer.topk": topk, "scores": scores}
         if Q > 1 and N <= self._dense_limit():  # reading all and masking costs less than gathering a set per query
             row = jnp.where(topk < 0, N, topk)
             chosen = jax.vmap(jax.vmap(lambda r: jnp.zeros((N,), bool).at[r].set(True, mode="drop")))(row)
-            return [(cache.entries, chosen)], seen
+            return [(everything(cache.entries), chosen)], seen
         seen["scores"] = jnp.take_along_axis(scores, jnp.maximum(topk, 0), axis=-1)
-        gathered = jax.vmap(lambda e, i: e[jnp.maximum(i, 0)])(cache.entries, topk)  # [B, Q, K, d]
-        return [(gathered, topk >= 0)], seen
+        return [(pick(cache.entries, topk), topk >= 0)], seen  # [B, Q, K, d]
 
     def _dense_limit(self) -> int:
         """Up to how many entries a prefill of a CSA layer reads all of them and masks."""
@@ -261,6 +260,9 @@ class Attention(nnx.Module):
         keys_padded = padded(keys, pad)
         queries = jax.tree.map(lambda a: padded(a, pad), (q, index_query))
         sink = value(self.sink)
+        if self.ratio:  # pages are put together once for all blocks
+            keys_of_entries = None if cache.index_keys is None else everything(cache.index_keys)
+            cache = dataclasses.replace(cache, entries=everything(cache.entries), index_keys=keys_of_entries)
 
         def block(i):
             at = i * size

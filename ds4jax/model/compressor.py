@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ds4jax.model.cache import CompressorState, SoftmaxSum, empty_sum
+from ds4jax.model.cache import CompressorState, Paged, SoftmaxSum, empty_sum
 from ds4jax.model.config import Config
 from ds4jax.model.layers import Linear, RMSNorm, normal, value
 
@@ -139,8 +139,13 @@ class Compressor(nnx.Module):
         )
 
 
-def write_entries(cache: Array, entries: Array, index: Array, done: Array) -> Array:
+def write_entries(cache: Array | Paged, entries: Array, index: Array, done: Array) -> Array | Paged:
     """Store finished entries [B, n, d] at `index` [B, n] of `cache` [B, N, d]; the others are dropped."""
+    if isinstance(cache, Paged):
+        flat = cache.flat()
+        rows = jnp.where(done, cache.rows(index), flat.shape[0])
+        flat = flat.at[rows].set(entries.astype(cache.dtype), mode="drop")
+        return dataclasses.replace(cache, pool=flat.reshape(cache.pool.shape))
     index = jnp.where(done, index, cache.shape[1])
     slot = jnp.arange(cache.shape[0], dtype=jnp.int32)[:, None]
     return cache.at[slot, index].set(entries.astype(cache.dtype), mode="drop")

@@ -15,11 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from ds4jax.errors import DS4Error
-from ds4jax.model import Cache, Config, init_cache
+from ds4jax.model import PAGE, Cache, Config, init_cache
 from ds4jax.runtime import edits as editing
 from ds4jax.runtime.edits import Edit, Edits, EditTable, Track
+from ds4jax.runtime.pages import Pages
 from ds4jax.runtime.prefixes import Prefixes, key
-from ds4jax.runtime.programs import CHUNKS, MAX_EOS, MAX_TOP, Programs, Slots, chunk_length
+from ds4jax.runtime.programs import CHUNKS, MAX_EOS, MAX_TOP, Programs, Slots, chunk_length, rows
 from ds4jax.runtime.sampling import Sampling
 
 BURST = 8  # tokens per dispatch
@@ -31,12 +32,14 @@ class Prefix:
     """Tokens that are already in a cache of one slot, to begin requests from, in engines of the same capacity.
 
     edits: those under which the tokens were computed, of requests that begin with them.
+    pages: of an engine with pages, those that hold the entries; `cache` is then without them.
     """
 
     tokens: tuple[int, ...]
     cache: Cache
     capacity: int
     edits: tuple[Edit, ...] = ()
+    pages: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +139,8 @@ class Engine:
       slots: how many sequences decode together.
       capacity: tokens a slot can hold, prompt and answer together.
       share: how many prefixes to keep that prompts were found to share; each takes the memory of a slot. 0: none.
+      pages: keep the entries of all slots in that many pages of PAGE tokens; a request begins when there are enough for
+        its prompt and answer. Default: each slot has room for `capacity` tokens.
       strict: raise where logits are not finite; otherwise that request alone ends.
 
     Attributes:
@@ -145,10 +150,12 @@ class Engine:
 
     def __init__(
         self, programs: Programs, config: Config, dtype, *, slots: int, capacity: int, device=None, share: int = 0,
-        strict: bool = True,
+        pages: int | None = None, strict: bool = True,
     ):  # fmt: skip
         self.programs, self.config, self.dtype = programs, config, dtype
-        self.n_slots, self.capacity, self.device = slots, capacity, device
+        self.n_slots, self.device = slots, device
+        self.capacity = capacity if pages is None else min(capacity, pages * PAGE)
+        self.pages = None if pages is None else Pages(pages, slots, -(-self.capacity // PAGE))
         self.prefixes = Prefixes(share) if share else None
         self.strict = strict
         self.counts = Counts()
@@ -166,6 +173,8 @@ class Engine:
         self.admitted: list[int] = []
         if self.prefixes:
             self.prefixes.clear()
+        if self.pages:
+            self.pages.clear()
 
     @property
     def used(self) -> int:
@@ -190,6 +199,8 @@ class Engine:
                 f"shorten it or load with a larger context (up to {self.config.max_position_embeddings})"
             )
         if request.prefix is not None:
+            if self.pages:
+                raise DS4Error("an engine with pages finds shared prefixes itself: leave the prefix out")
             held = request.prefix.tokens
             if len(held) >= len(tokens) or tuple(tokens[: len(held)].tolist()) != held:
                 raise DS4Error("the prefix is not a beginning of the prompt: extend one that is, or leave it out")
@@ -232,7 +243,8 @@ class Engine:
                 r.over = True
         for i, r in enumerate(self._running):
             if r and r.number == number:
-                r.over, self._running[i] = True, None
+                r.over = True
+                self._vacate(i)
                 self._leave(r)
                 self.slots = self.programs.stop(self.slots, np.arange(self.n_slots) == i)
 
@@ -262,13 +274,15 @@ class Engine:
             self.cache = self._new_cache(self.n_slots)
             self.slots = jax.device_put(Slots.empty(self.n_slots), self.device)
         admitted = {}
-        while free and self._pending:
+        while free and self._pending and self._reserve(free[0], self._pending[0][1]):
             admitted[free.pop(0)] = self._pending.popleft()
+        if not admitted:
+            return
         which = np.zeros(self.n_slots, bool)
         which[list(admitted)] = True
         self.cache = self.programs.reset(self.cache, which)
         for slot, (number, request) in admitted.items():
-            limit = min(request.max_tokens, self.capacity - len(request.tokens))
+            limit = self._limit(request)
             r = self._running[slot] = _Running(number, request, limit)
             self.admitted.append(number)
             self.counts.prompt += len(request.tokens)
@@ -277,9 +291,47 @@ class Engine:
             elif self._shares(request):
                 r.key, r.waits = key(request.tokens), True
         self._admit_edits(admitted, which)
+        self._show_pages()
+
+    def _limit(self, request: Request) -> int:
+        """How many tokens a request may choose."""
+        return min(request.max_tokens, self.capacity - len(request.tokens))
+
+    def _reserve(self, slot: int, request: Request) -> bool:
+        """Give a slot the pages that a request may come to need, if there are enough."""
+        if self.pages is None:
+            return True
+        needed = -(-(len(request.tokens) + self._limit(request)) // PAGE)
+        return self._make_room(needed) and self.pages.give(slot, needed)
+
+    def _make_room(self, pages: int) -> bool:
+        """Let go of kept prefixes until that many pages are free."""
+        while self.pages.free < pages and self.prefixes and (old := self.prefixes.drop()):
+            self.pages.release(old.pages)
+        return self.pages.free >= pages
+
+    def _show_pages(self) -> None:
+        """Tell the device which pages the slots have."""
+        if self.pages and self.pages.changed:
+            table = jax.device_put(self.pages.table.copy(), self.device)
+            self.cache = dataclasses.replace(self.cache, pages=table)
+            self.pages.changed = False
+
+    def _vacate(self, slot: int) -> None:
+        self._running[slot] = None
+        if self.pages:
+            self.pages.take_back(slot)
 
     def _start_from(self, slot: int, r: _Running, prefix: Prefix) -> None:
-        self.cache = self.programs.put(self.cache, slot, prefix.cache)
+        if self.pages is None:
+            self.cache = self.programs.put(self.cache, slot, prefix.cache)
+        else:
+            whole, rest = divmod(len(prefix.tokens), PAGE)
+            self.pages.share(slot, prefix.pages[:whole])
+            self._show_pages()
+            if rest:
+                self.cache = self.programs.copy_page(self.cache, prefix.pages[whole], self.pages.table[slot, whole])
+            self.cache = self.programs.put_rows(self.cache, slot, prefix.cache)
         r.fed = len(prefix.tokens)
         self.counts.shared += r.fed
 
@@ -360,8 +412,24 @@ class Engine:
         r.fed += n
         self.counts.prefill += n
         if n and r.fed in r.cuts:
-            prefix = Prefix(tuple(r.request.tokens[: r.fed]), self.programs.take(self.cache, slot), self.capacity)
-            self.prefixes.store(r.key[: 4 * r.fed], prefix)
+            self._keep(slot, r)
+
+    def _keep(self, slot: int, r: _Running) -> None:
+        """Keep what is in a slot's cache as a prefix for others."""
+        tokens, cache, pages = tuple(r.request.tokens[: r.fed]), self.programs.take(self.cache, slot), ()
+        if self.pages:
+            whole, rest = divmod(r.fed, PAGE)
+            if not self._make_room(1):
+                return
+            cache, pages = rows(cache), tuple(self.pages.table[slot, :whole].tolist())
+            self.pages.hold(pages)
+            if rest:  # the slot goes on writing into its own
+                last = self.pages.one()
+                self.cache = self.programs.copy_page(self.cache, self.pages.table[slot, whole], last)
+                pages += (last,)
+        for old in self.prefixes.store(r.key[: 4 * r.fed], Prefix(tokens, cache, self.capacity, pages=pages)):
+            if self.pages:
+                self.pages.release(old.pages)
 
     def _admit_edits(self, admitted: dict[int, tuple[int, Request]], which: np.ndarray) -> None:
         others = [r for slot, r in enumerate(self._running) if r is not None and slot not in admitted]
@@ -387,6 +455,8 @@ class Engine:
 
     def extend(self, prefix: Prefix | None, tokens: Sequence[int], edits: Sequence[Edit] = ()) -> Prefix:
         """A prefix that holds `tokens`, computed from `prefix` where they begin with its tokens under these edits."""
+        if self.pages:
+            raise DS4Error("an engine with pages finds shared prefixes itself")
         tokens, edits = tuple(int(t) for t in tokens), tuple(edits)
         done = len(prefix.tokens) if prefix and tokens[: len(prefix.tokens)] == prefix.tokens else 0
         if done and _prompt_keys(prefix.edits) != _prompt_keys(edits):
@@ -409,7 +479,8 @@ class Engine:
     def _new_cache(self, slots: int) -> Cache:
         with jax.default_device(self.device):
             # put on the device for good, so that no later step can move it
-            return jax.device_put(init_cache(self.config, slots, self.capacity, self.dtype), self.device)
+            pages = self.pages and self.pages.count
+            return jax.device_put(init_cache(self.config, slots, self.capacity, self.dtype, pages=pages), self.device)
 
     def _feed(self, cache: Cache, tokens: np.ndarray, n_valid: np.ndarray, edits: Edits | None) -> Cache:
         more = () if edits is None else (edits,)
@@ -446,7 +517,7 @@ class Engine:
             if r is not None:
                 r.asked += BURST
                 if r.asked >= r.limit:  # its last token is on its way, so the slot is free for the next
-                    self._running[slot] = None
+                    self._vacate(slot)
         return running, out
 
     def _collect(self, in_flight) -> list[Burst]:
@@ -480,21 +551,32 @@ class Engine:
             if finish:
                 r.over = True
                 if self._running[slot] is r:
-                    self._running[slot] = None
+                    self._vacate(slot)
             sites = {name: seen[name][:n, slot].copy() for name in r.request.sites}
             bursts.append(Burst(r.number, chosen, values, top, finish, sites))
         return bursts
 
+    def _clean(self, slot: int) -> None:
+        fresh = init_cache(self.config, 1, self.capacity, self.dtype, pages=self.pages and 1)
+        fresh = jax.device_put(fresh, self.device)
+        if self.pages is None:
+            self.cache = self.programs.put(self.cache, slot, fresh)
+            return
+        # pages that nobody has, the ones of a slot that was vacated among them, and its own
+        self.cache = self.programs.put_rows(self.cache, slot, rows(fresh))
+        self.cache = self.programs.clear_pages(self.cache, self.pages.unshared(slot))
+
     def _not_finite(self, slot: int, r: _Running) -> list[Burst]:
         """End a request, and clean its slot: what is masked there is still multiplied by zero."""
         r.over, now = True, self._running[slot]
-        if now is r:
-            self._running[slot] = now = None
+        for other in self._running:  # the slot, or pages of it, may already have been given away
+            if other is not None and other is not r and not other.chosen and (self.pages or other is now):
+                other.tainted = True
+        if now is None or now is r:
             self.slots = self.programs.stop(self.slots, np.arange(self.n_slots) == slot)
-        if now is None:
-            self.cache = self.programs.put(self.cache, slot, self._new_cache(1))
-        else:  # the slot was already given away
-            now.tainted = True
+            self._clean(slot)
+            if now is r:
+                self._vacate(slot)
         if r.tainted:  # through no fault of its own
             self._pending.appendleft((r.number, r.request))
             if self._shares(r.request):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ds4jax.model import NO_TAP, Cache, Tap, Transformer, reset_slots
+from ds4jax.model import NO_TAP, Cache, Tap, Transformer, attach, detach, reset_slots
 from ds4jax.runtime.edits import Edits, Regions, Track
 from ds4jax.runtime.sampling import Sampling, sample
 
@@ -103,7 +103,7 @@ class Programs:
     @functools.cached_property
     def _prefill(self):
         def run(state, cache, tokens, n_valid, edits=None):
-            return self._model(state).forward(tokens, cache, n_valid, tap=_tap(edits, cache, tokens))[1]
+            return detach(self._model(state).forward(tokens, attach(cache), n_valid, tap=_tap(edits, cache, tokens))[1])
 
         return jax.jit(run, donate_argnums=1)
 
@@ -192,7 +192,7 @@ class Programs:
             model = self._model(state)
 
             def step(carry):
-                cache, s, track = carry
+                cache, s, track = attach(carry[0]), *carry[1:]
                 token = s.token[:, None]
                 tap = _tap(edits, cache, token, None if track is None else track.region[:, None], sites)
                 streams, cache = model.forward(token, cache, s.active.astype(jnp.int32), tap=tap)
@@ -207,7 +207,7 @@ class Programs:
                     track = track.follow(token, s.active, edits.tables)
                 top = _likeliest(logits, with_top)
                 out = jnp.where(s.active, token, -1), logprob, *top
-                return (cache, after, track), (out, {name: tap.store[name][:, 0] for name in sites})
+                return (detach(cache), after, track), (out, {name: tap.store[name][:, 0] for name in sites})
 
             carry = (cache, slots, track)
             (cache, slots, track), (out, seen) = _steps(step, carry, steps, lambda carry: jnp.any(carry[1].active))
@@ -224,12 +224,28 @@ class Programs:
         return _stop(slots, which)
 
     def take(self, cache: Cache, slot: int) -> Cache:
-        """A copy of slot number `slot`, as a cache of one slot."""
-        return _take(cache, slot)
+        """Slot number `slot` as a cache of one slot: a copy, but for pages, which the two have in common."""
+        if cache.pages is None:
+            return _take(cache, slot)
+        return _with_pools(_take(rows(cache), slot), cache, _row(cache.pages, slot))
 
     def put(self, cache: Cache, slot: int, one: Cache) -> Cache:
-        """Overwrite slot number `slot` with a cache of one slot."""
-        return _put(cache, slot, one)
+        """Overwrite slot number `slot` with a cache of one slot; with pages, their content becomes that of `one`."""
+        if cache.pages is None:
+            return _put(cache, slot, one)
+        return _with_pools(_put(rows(cache), slot, rows(one)), one, cache.pages)
+
+    def put_rows(self, cache: Cache, slot: int, one: Cache) -> Cache:
+        """As `put` with the `rows` of a cache of one slot: pages stay as they are."""
+        return _with_pools(_put(rows(cache), slot, one), cache, cache.pages)
+
+    def copy_page(self, cache: Cache, source: int, target: int) -> Cache:
+        """Overwrite page `target` with page `source`."""
+        return _with_pools(rows(cache), _copy_page(_pools(cache), source, target), cache.pages)
+
+    def clear_pages(self, cache: Cache, which: np.ndarray) -> Cache:
+        """Zero the pages where `which` [P] is True."""
+        return _with_pools(rows(cache), _clear_pages(_pools(cache), which), cache.pages)
 
     def reset(self, cache: Cache, which: np.ndarray) -> Cache:
         """Empty the slots where `which` [B] is True."""
@@ -298,3 +314,40 @@ def _take(cache: Cache, slot) -> Cache:
 @functools.partial(jax.jit, donate_argnums=0)
 def _put(cache: Cache, slot, one: Cache) -> Cache:
     return jax.tree.map(lambda a, b: a.at[slot].set(b[0]), cache, one)
+
+
+# --- pages: what belongs to slots, and the pools
+
+
+def rows(cache: Cache) -> Cache:
+    """What belongs to the slots of a paged cache: everything but pages and their table."""
+    layers = tuple(dataclasses.replace(c, entries=None, index_keys=None) for c in cache.layers)
+    return dataclasses.replace(cache, layers=layers, pages=None)
+
+
+def _pools(cache: Cache) -> list[tuple[Array | None, Array | None]]:
+    return [(c.entries, c.index_keys) for c in cache.layers]
+
+
+def _with_pools(of_slots: Cache, pools: Cache | list, pages: Array) -> Cache:
+    pools = _pools(pools) if isinstance(pools, Cache) else pools
+    layers = tuple(
+        dataclasses.replace(c, entries=entries, index_keys=keys)
+        for c, (entries, keys) in zip(of_slots.layers, pools, strict=True)
+    )
+    return dataclasses.replace(of_slots, layers=layers, pages=pages)
+
+
+@jax.jit
+def _row(pages: Array, slot) -> Array:
+    return jax.lax.dynamic_slice_in_dim(pages, slot, 1)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _copy_page(pools, source, target):
+    return jax.tree.map(lambda a: a.at[target].set(a[source]), pools)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _clear_pages(pools, which):
+    return jax.tree.map(lambda a: jnp.where(which[:, None, None], 0, a), pools)
