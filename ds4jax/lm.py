@@ -110,7 +110,8 @@ def load(
         wrote, or "nano", the small trained model inside the package.
       context: tokens a sequence may have, prompt and answer together; default 8192 or the model's limit.
       dtype: "float32" or "bfloat16"; default: by device.
-      kernels: "auto" or "xla".
+      kernels: "auto" (kernels where the device runs them), "exact" (the same, and never one that rounds activations to
+        8 bits), "pallas" (kernels or an error) or "xla" (plain JAX); for everything traced in this process from now on.
       cache_quant: simulate the rounding of the quantized cache the model was trained with.
       device: where to run; default: JAX's first device.
       mtp: a second GGUF that holds the multi-token-prediction layer.
@@ -124,6 +125,7 @@ def load(
         raise DS4Error(f"context {context!r}: must be a whole number of tokens")
     runtime.use_compilation_cache()
     platform = runtime.choose(device=device, dtype=dtype, kernels=kernels)
+    set_kernels(platform.kernels)
     if verbose:
         print(f"ds4jax: {platform}", file=sys.stderr)
     if str(path) == "nano":

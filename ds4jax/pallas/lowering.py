@@ -155,7 +155,11 @@ def store(ref: Any, index: tuple[Any, ...], value: Array, *, mask: Array | None 
     """`ref[index] = value` where `mask` is True."""
     value = value.astype(ref.dtype)
     if interpreting():
-        ref[index] = value if mask is None else jnp.where(mask, value, ref[index])
+        if mask is None:
+            ref[index] = value
+        else:  # what is masked out must not write, not even what was there
+            first = jnp.where(mask, index[0], ref.shape[0])
+            ref[...] = ref[...].at[(first, *index[1:])].set(value, mode="drop")
     elif hasattr(_triton(), "store"):
         _triton().store(ref.at[index], value, mask=mask)
     else:
@@ -163,7 +167,7 @@ def store(ref: Any, index: tuple[Any, ...], value: Array, *, mask: Array | None 
 
 
 def loop(n: int, body: Callable[[Any, Any], Any], carry: Any) -> Any:
-    """`for i in range(n): carry = body(i, carry)`; written out when there is one turn, so that indices are constants."""
+    """`for i in range(n): carry = body(i, carry)`; a single turn is written out, so that indices are constants."""
     if n == 1:
         return body(0, carry)
     return lax.fori_loop(0, n, body, carry)
@@ -187,16 +191,23 @@ def _asm(code: str, args: Sequence[Array]) -> Array:
     return out
 
 
-def _byte(x: Array, i: int) -> Array:
-    """Byte i of each word, signed."""
+def byte(x: Array, i: int) -> Array:
+    """Byte i of each word, signed: int32."""
     return (_bits(x) << (24 - 8 * i)) >> 24
+
+
+def byte_float(x: Array, i: int) -> Array:
+    """Byte i of each word, signed: float32. By way of a number's bits: conversions of bytes are slow instructions."""
+    unsigned = (_bits(x, jnp.uint32) >> np.uint32(8 * i)) & np.uint32(255)
+    biased = _bits(unsigned ^ np.uint32(0x4B000080), jnp.float32)  # 2²³ + 128 + byte
+    return biased - np.float32(2**23 + 128)
 
 
 def dot4(a: Array, b: Array, c: Array | None = None) -> Array:
     """Σ of the products of four signed bytes, plus c: int32."""
     a, b = _bits(a), _bits(b)
     if interpreting():
-        out = sum(_byte(a, i) * _byte(b, i) for i in range(4))
+        out = sum(byte(a, i) * byte(b, i) for i in range(4))
         return out if c is None else out + c
     if c is None:
         c = jnp.zeros(jnp.broadcast_shapes(a.shape, b.shape), jnp.int32)

@@ -2,28 +2,68 @@
 
 Every operation keeps a table `IMPLEMENTATIONS` of functions with one signature. "xla", plain JAX, is always there and
 is the oracle of the others. A kernel that cannot serve a call (device, format, shape) raises NotImplementedError;
-automatic choice takes the first that does not.
+automatic choice takes the first that does not, and says once why it passed over one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ds4jax.errors import DS4Error
 
+log = logging.getLogger("ds4jax")
+
+KERNELS = ("auto", "exact", "xla", "pallas")
+
+_kernels = "auto"
+_said: set[tuple[str, str]] = set()
+
+
+def set_kernels(kernels: str) -> None:
+    """Choose the implementations of every operation traced from now on, in the whole process.
+
+    "auto": kernels where they serve a call, else plain JAX. "exact": the same, without kernels that round activations
+    to 8 bits (there are none). "xla": plain JAX alone. "pallas": as "auto"; `runtime.choose` has made sure that the
+    device can run kernels.
+    """
+    global _kernels
+    if kernels not in KERNELS:
+        raise DS4Error(f"kernels {kernels!r}: choose one of {', '.join(KERNELS)}")
+    _kernels = kernels
+
+
+@contextlib.contextmanager
+def kernels(which: str) -> Iterator[None]:
+    """`set_kernels` for a while."""
+    before = _kernels
+    set_kernels(which)
+    try:
+        yield
+    finally:
+        set_kernels(before)
+
 
 def run(op: str, table: Mapping[str, Callable[..., Any]], implementation: str | None, *args: Any) -> Any:
-    """Call `op`'s implementation called `implementation`, or the first in `table` that serves the call when None.
+    """Call `op`'s implementation called `implementation`, or when None the first in `table` that serves the call, as
+    far as `set_kernels` leaves a choice.
 
     Raises DS4Error when the implementation asked for does not exist or cannot serve the call.
     """
     if implementation is not None and implementation not in table:
         raise DS4Error(f"{op} has no implementation {implementation!r}; it has {', '.join(table)}")
+    names = (implementation,)
+    if implementation is None:
+        names = ("xla",) if _kernels == "xla" and "xla" in table else tuple(table)
     refused = []
-    for name in table if implementation is None else (implementation,):
+    for name in names:
         try:
             return table[name](*args)
         except NotImplementedError as e:
             refused.append(f"{name}: {e}")
+            if (op, str(e)) not in _said:
+                _said.add((op, str(e)))
+                log.debug("%s: not by %s: %s", op, name, e)
     raise DS4Error(f"no implementation of {op} serves this call ({'; '.join(refused)})")

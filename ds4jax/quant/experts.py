@@ -24,10 +24,12 @@ import numpy as np
 from jax import lax
 
 from ds4jax.errors import DS4Error
+from ds4jax.pallas import experts as few
+from ds4jax.pallas import lowering, matrix
 from ds4jax.quant import api
 from ds4jax.quant.array import QuantizedArray
 from ds4jax.quant.decode import dequantize
-from ds4jax.quant.matmul import as_jax, contract, packed_forward, precision
+from ds4jax.quant.matmul import as_jax, codebook, contract, packed_forward, precision
 
 EACH_MAX = 64  # assignments up to which a loop over them beats sorting
 DENSE_RATIO = 8  # experts per chosen expert up to which computing all of them is worth it
@@ -343,8 +345,53 @@ def _xla_down(h, down, ids):
     return _dense_down(h, down, ids) if _is_dense(ids, down.shape[2], down) else _down(h, down, ids)
 
 
-SWIGLU_IMPLEMENTATIONS = {"xla": _xla_swiglu}
-DOWN_IMPLEMENTATIONS = {"xla": _xla_down}
+# ---- kernels ---------------------------------------------------------------------------------------------------------
+
+
+def _stack(w: QuantizedArray) -> few.Stack:
+    return few.Stack(w.parts, w.format, codebook(w.format))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _kernel_swiglu(x, gate, up, ids, weights, limit):
+    run = few.swiglu if x.shape[0] <= few.MAX_TOKENS else matrix.grouped_swiglu
+    return run(x, _stack(gate), _stack(up), ids, weights, limit)
+
+
+def _kernel_swiglu_fwd(x, gate, up, ids, weights, limit):
+    return _kernel_swiglu(x, gate, up, ids, weights, limit), (x, gate, up, ids, weights)
+
+
+_kernel_swiglu.defvjp(_kernel_swiglu_fwd, _swiglu_bwd)
+
+
+@jax.custom_vjp
+def _kernel_down(h, down, ids):
+    run = few.down if h.shape[0] <= few.MAX_TOKENS else matrix.grouped_down
+    return run(h, _stack(down), ids)
+
+
+_kernel_down.defvjp(lambda h, down, ids: (_kernel_down(h, down, ids), (h, down, ids)), _down_bwd)
+
+
+def _require_packed(*stacks: Any) -> None:
+    if not all(isinstance(w, QuantizedArray) for w in stacks):
+        raise NotImplementedError("plain stacks are XLA's")
+    lowering.require_device()
+
+
+def _pallas_swiglu(x, gate, up, ids, weights, limit):
+    _require_packed(gate, up)
+    return _kernel_swiglu(x, gate, up, ids, weights, limit)
+
+
+def _pallas_down(h, down, ids):
+    _require_packed(down)
+    return _kernel_down(h, down, ids)
+
+
+SWIGLU_IMPLEMENTATIONS = {"pallas": _pallas_swiglu, "xla": _xla_swiglu}
+DOWN_IMPLEMENTATIONS = {"pallas": _pallas_down, "xla": _xla_down}
 
 
 def _check(op: str, a: jax.Array, ids: jax.Array, **shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:

@@ -12,9 +12,10 @@ import numpy as np
 from jax import lax
 
 from ds4jax.errors import DS4Error
+from ds4jax.pallas import lowering, matrix, matvec
 from ds4jax.quant import api
 from ds4jax.quant.array import QuantizedArray
-from ds4jax.quant.decode import dequantize
+from ds4jax.quant.decode import dequantize, grid, iq4_values
 
 # Elements of a packed weight that are expanded at a time: 32 MiB in float32, one expert matrix of Flash.
 TILE = 2**23
@@ -140,15 +141,44 @@ def _xla(x: jax.Array, w: Any, out_dtype: Any) -> jax.Array:
     return y.reshape(*lead, *y.shape[1:])
 
 
-IMPLEMENTATIONS = {"xla": _xla}
+def codebook(format: str) -> np.ndarray | None:
+    """What a kernel needs to know of an IQ format besides its layout: its grid, or its sixteen values."""
+    if format in ("IQ4_NL", "IQ4_XS"):
+        return iq4_values()
+    return grid(format) if format.startswith("IQ") else None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _kernel(x: jax.Array, w: QuantizedArray, out_dtype: Any) -> jax.Array:
+    # x as in `_packed`
+    if x.shape[0] <= matvec.MAX_ROWS:
+        return matvec.matvec(x, w.parts, w.format, out_dtype, codebook(w.format))
+    return matrix.matmul(x, w.parts, w.format, out_dtype, codebook(w.format))
+
+
+_kernel.defvjp(lambda x, w, out_dtype: (_kernel(x, w, out_dtype), (w, jnp.zeros((0,), x.dtype))), _packed_bwd)
+
+
+def _pallas(x: jax.Array, w: Any, out_dtype: Any) -> jax.Array:
+    if not isinstance(w, QuantizedArray):
+        raise NotImplementedError("plain weights are XLA's")
+    lowering.require_device()
+    lead = x.shape[: x.ndim - (w.ndim - 1)]
+    if not 1 <= math.prod(lead) <= matrix.MAX_ROWS:
+        raise NotImplementedError(f"{math.prod(lead)} rows: expanding the weight once costs less")
+    y = _kernel(x.reshape(math.prod(lead), *x.shape[len(lead) :]), w, out_dtype)
+    return y.reshape(*lead, *y.shape[1:])
+
+
+IMPLEMENTATIONS = {"pallas": _pallas, "xla": _xla}
 
 
 def matmul(x: Any, w: Any, *, out_dtype: Any = None, implementation: str | None = None) -> jax.Array:
     """`x[..., in] · w[out, in]ᵀ → [..., out]`, or `x[..., G, in] · w[G, out, in]ᵀ → [..., G, out]` for a stack.
 
-    x: floating. w: a `QuantizedArray` or a plain array; its values are rounded to x's dtype, products accumulate in
-        float32 (float32 x asks for full float32 precision), and the result is `out_dtype`, by default x's.
-    implementation: None for the best available, or "xla".
+    x: floating. w: a `QuantizedArray` or a plain array; its values are rounded to x's dtype (or kept exact). Products
+        accumulate in float32 (float32 x asks for full float32 precision); the result is `out_dtype`, x's by default.
+    implementation: None for the best available, "pallas" (kernels) or "xla" (plain JAX).
 
     A packed weight is decoded a tile of rows at a time, forward and backward. Reverse-mode differentiable in x, and in
     w when it is plain. Raises DS4Error when the shapes do not fit or the implementation does not exist.

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from ds4jax.errors import DS4Error
+from ds4jax.pallas.lowering import device_reason
+from ds4jax.quant.api import KERNELS
 
 log = logging.getLogger("ds4jax")
 
@@ -58,25 +60,40 @@ def choose(*, device: str | jax.Device | None = None, dtype: str | None = None, 
       device: a JAX device, or "cpu", "gpu", "cuda", "rocm", "metal", with a number for one of several ("cuda:1");
         default: JAX's first device.
       dtype: "float32" or "bfloat16"; default: bfloat16 on a GPU, float32 on a CPU.
-      kernels: "auto" or "xla".
+      kernels: "auto" (kernels where the device runs them), "exact" (the same, and never one that rounds activations to
+        8 bits), "pallas" (kernels or an error) or "xla" (plain JAX).
 
     Raises:
       DS4Error: no such device, dtype or implementation here.
     """
     if dtype is not None and dtype not in DTYPES:
         raise DS4Error(f"dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
-    if kernels not in ("auto", "xla"):
-        raise DS4Error(f"kernels {kernels!r}: choose auto or xla")
+    if kernels not in KERNELS:
+        raise DS4Error(f"kernels {kernels!r}: choose one of {', '.join(KERNELS)}")
     if isinstance(device, str):
         device = _device(device)
     chosen = device if device is not None else jax.devices()[0]
     kind = _kind(chosen)
     default = "float32" if kind == "cpu" else "bfloat16"
     why = [f"{'as asked' if device is not None else 'the first device JAX sees'}"]
-    why.append("plain XLA runs everywhere" if kernels == "auto" else "xla as asked")
+    implementation, reason = _implementation(kind, kernels)
+    why.append(reason)
     return Platform(
-        chosen, kind, jnp.dtype(DTYPES[dtype or default]), "xla", device_memory(chosen, kind), "; ".join(why)
+        chosen, kind, jnp.dtype(DTYPES[dtype or default]), implementation, device_memory(chosen, kind), "; ".join(why)
     )
+
+
+def _implementation(kind: str, kernels: str) -> tuple[str, str]:
+    """What `kernels` comes to on a device of this kind, and why."""
+    if kernels == "xla":
+        return "xla", "xla as asked"
+    refusal = device_reason() if kind == "cuda" else f"kernels are for NVIDIA GPUs, not {kind}"
+    if refusal is None:
+        return "pallas", "as asked" if kernels == "pallas" else "the device runs kernels"
+    if kernels == "pallas":
+        raise DS4Error(f"kernels 'pallas': {refusal}; choose auto or xla")
+    log.info("plain XLA: %s", refusal)
+    return "xla", "plain XLA runs everywhere"
 
 
 def _device(name: str) -> jax.Device:

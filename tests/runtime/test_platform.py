@@ -84,7 +84,7 @@ def test_a_numbered_device(monkeypatch):
 def test_unknown_dtypes_and_kernels():
     with pytest.raises(DS4Error, match="dtype 'float16': choose one of float32, bfloat16"):
         choose(dtype="float16")
-    with pytest.raises(DS4Error, match="kernels 'fast': choose auto or xla"):
+    with pytest.raises(DS4Error, match="kernels 'fast': choose one of auto"):
         choose(kernels="fast")
 
 

@@ -1,0 +1,157 @@
+"""Products of a packed weight with a few rows of activations: decode, and verification of a few tokens.
+
+Memory-bound: each weight is read once, decoded in registers to bytes, and multiplied four at a time with activations
+split into digits (`activations`). A program takes `rows` output rows and all of the input; its threads keep their own
+partial sums and meet once, at the end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+
+from ds4jax.pallas import activations, decode, tuned
+from ds4jax.pallas import lowering as lo
+
+Array = jax.Array
+
+MAX_ROWS = 8  # rows of activations
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def fits(format: str, K: int) -> None:
+    """NotImplementedError unless rows of K elements of `format` can be read by these kernels."""
+    if format not in decode.DECODERS:
+        raise NotImplementedError(f"no kernel for {format}")
+    if K % activations.BLOCK:
+        raise NotImplementedError(f"rows of {K} elements are no multiple of {activations.BLOCK}")
+
+
+def accumulate(
+    sums: list[Array], run: decode.Run, x_refs: tuple[Any, Any, Any], x_rows: list[Any], digits: int
+) -> list[Array]:
+    """Add a run's products with each row of activations to float32 sums [L, R].
+
+    x_refs: words [N·digits, K/4], scale [N, K/32] and sums [N, K/16] of `activations.Digits`. x_rows: their rows.
+    """
+    words_ref, scale_ref, sums_ref = x_refs
+    place = (4 * run.at)[:, None] + jnp.arange(4, dtype=jnp.int32)
+    if run.floats is not None:
+        return [s + _float_products(run, x_refs, n, place, digits) for s, n in zip(sums, x_rows, strict=True)]
+    words, out = run.four(), []
+    for total, n in zip(sums, x_rows, strict=True):
+        whole = None
+        for digit in range(digits):
+            x = lo.unstack4(lo.load(words_ref, (n * digits + digit, place)))
+            dot = None
+            for w, xw in zip(words, x, strict=True):
+                dot = lo.dot4(w, jnp.broadcast_to(xw[:, None], w.shape), dot)
+            if whole is None:
+                whole = dot
+            elif digit == 1:
+                whole = whole * 256 + dot  # at most 2³¹/16: 16 products of 8 and 16 bits
+            else:
+                whole = whole.astype(jnp.float32) * 256.0 + dot.astype(jnp.float32)
+        scale = lo.load(scale_ref, (n, run.at >> 1))
+        total = total + whole.astype(jnp.float32) * (run.scale * scale[:, None])
+        if run.offset is not None:
+            total = total + run.offset * lo.load(sums_ref, (n, run.at))[:, None]
+        out.append(total)
+    return out
+
+
+def _float_products(run: decode.Run, x_refs: tuple[Any, Any, Any], n: Any, place: Array, digits: int) -> Array:
+    words_ref, scale_ref, _ = x_refs
+    x = jnp.zeros((place.shape[0], 16), jnp.float32)
+    for digit in range(digits):
+        x = 256.0 * x + lo.bytes_of_words(lo.load(words_ref, (n * digits + digit, place))).astype(jnp.float32)
+    scale = lo.load(scale_ref, (n, run.at >> 1))
+    return jnp.sum(run.floats * x[:, None, :], axis=2) * (run.scale * scale[:, None])
+
+
+def row_products(
+    format: str, tile: decode.Tile, K: int, units: int, x_refs: tuple[Any, Any, Any], x_rows: list[Any], digits: int,
+    codebook: np.ndarray | None,
+) -> list[Array]:  # fmt: skip
+    """A tile's rows times rows `x_rows` of the activations: one float32 [R] each."""
+    count = K // decode.DECODERS[format].unit
+    units = min(units, power_of_two(count))
+    steps, ragged = -(-count // units), count % units != 0
+    R = tile.rows.shape[0]
+
+    def step(i, sums):
+        u = lo.opaque(i * units + jnp.arange(units, dtype=jnp.int32))
+        here = jnp.minimum(u, count - 1) if ragged else u
+        for run in decode.runs(format, tile, here, codebook):
+            if ragged:
+                live = (u < count)[:, None]
+                offset = None if run.offset is None else jnp.where(live, run.offset, 0)
+                run = dataclasses.replace(run, scale=jnp.where(live, run.scale, 0), offset=offset)
+            sums = accumulate(sums, run, x_refs, x_rows, digits)
+        return sums
+
+    sums = lo.loop(steps, step, [jnp.zeros((units, R), jnp.float32) for _ in x_rows])
+    return [jnp.sum(s, axis=0) for s in sums]
+
+
+def flat_parts(parts: dict[str, Array]) -> tuple[list[str], list[Array]]:
+    """Names, and parts with all leading axes in one: [rows, entries]."""
+    return list(parts), [p.reshape(-1, p.shape[-1]) for p in parts.values()]
+
+
+def table_for(format: str, codebook: np.ndarray | None) -> list[Array]:
+    """What a kernel reads in place of the codebook, as a list of no or one argument."""
+    if decode.DECODERS[format].codebook != "grid":
+        return []
+    return [jnp.asarray(decode.table(format, codebook))]
+
+
+def matvec(
+    x: Array, parts: dict[str, Array], format: str, out_dtype: Any, codebook: np.ndarray | None = None,
+    tuning: lo.Tuning | None = None,
+) -> Array:  # fmt: skip
+    """`x[N, in] · w[out, in]ᵀ → [N, out]`, or `x[N, G, in] · w[G, out, in]ᵀ → [N, G, out]`, 1 ≤ N ≤ 8.
+
+    parts, format: of the `QuantizedArray`. codebook: of an IQ format: its grid or its sixteen values.
+    NotImplementedError where no kernel serves the call.
+    """
+    stacked = x.ndim == 3
+    N, K = x.shape[0], x.shape[-1]
+    G, out = (x.shape[1] if stacked else 1), parts["codes"].shape[-2]
+    fits(format, K)
+    if not 1 <= N <= MAX_ROWS:
+        raise NotImplementedError(f"{N} rows of activations; this kernel takes 1 to {MAX_ROWS}")
+    tuning = tuning or tuned.matvec(format, N, out, K)
+    digits = activations.digits_for(x.dtype)
+    xs = activations.split(x.reshape(N * G, K), digits)  # row n·G + g
+    names, arrays = flat_parts(parts)
+    table = table_for(format, codebook)
+    R = min(tuning.rows, power_of_two(out))
+
+    def kernel(*refs):
+        words, scale, sums, *part_refs = refs[: 3 + len(arrays)]
+        table_ref = refs[3 + len(arrays)] if table else None
+        out_ref = refs[-1]
+        g = pl.program_id(0)
+        row = pl.program_id(1) * R + jnp.arange(R, dtype=jnp.int32)
+        inside = jnp.minimum(row, out - 1) if out % R else row
+        tile = decode.Tile(dict(zip(names, part_refs, strict=True)), g * out + inside, table_ref)
+        rows = [n * G + g for n in range(N)]
+        results = row_products(format, tile, K, tuning.units, (words, scale, sums), rows, digits, codebook)
+        for n, y in enumerate(results):
+            lo.store(out_ref, (n * G + g, row), y, mask=row < out)
+
+    y = lo.call(
+        kernel, jax.ShapeDtypeStruct((N * G, out), out_dtype), xs.words.reshape(-1, K // 4), xs.scale, xs.sums, *arrays,
+        *table, grid=(G, -(-out // R)), tuning=tuning, name=f"matvec_{format.lower()}_{N}",
+    )  # fmt: skip
+    return y.reshape(N, G, out) if stacked else y
