@@ -24,6 +24,7 @@ from ds4jax.interp import resolve
 from ds4jax.interp.interventions import Positions
 from ds4jax.interp.store import write_capture
 from ds4jax.model import Config, Transformer, init_cache, match_sites
+from ds4jax.quant.api import set_kernels
 from ds4jax.runtime import memory
 from ds4jax.runtime.edits import Edit, EditTable
 from ds4jax.runtime.programs import MAX_TOP, chunk_length
