@@ -55,7 +55,8 @@ def words(tokenizer, tokens: Sequence[int], limit: int = 14) -> list[str]:
     if tokenizer is None:
         return [str(t) for t in tokens]
     texts = [tokenizer.decode([int(t)]) for t in tokens]
-    shown = [t.replace("\n", "⏎").replace(" ", "·").replace("$", r"\$") for t in texts]
+    marks = str.maketrans({"\n": "⏎", " ": "·", "｜": "|", "$": r"\$"})  # and what the figures' fonts lack
+    shown = [t.translate(marks) for t in texts]
     return [t if len(t) <= limit else t[: limit - 1] + "…" for t in shown]
 
 
