@@ -17,13 +17,53 @@ from ds4jax.errors import DS4Error
 from ds4jax.jobs.loop import Event, Stats
 from ds4jax.jobs.records import Record
 from ds4jax.lm import LM
-from ds4jax.model import cache_nbytes
+from ds4jax.model import PAGE, cache_nbytes
 from ds4jax.runtime import memory
 from ds4jax.runtime.engine import NOT_FINITE
 
 SLOTS = 64
 SHARED = 4  # prefixes kept that prompts were found to share
 _SAMPLES = 256  # values of each parameter that the fingerprint reads, about
+
+
+@dataclasses.dataclass(frozen=True)
+class Room:
+    """How memory is used: `slots` sequences, `share` kept prefixes, and `pages`, or None where every slot has room for
+    the whole context. `slot`, `page`: bytes of each; `total` of all, with a copy of one slot for prefill."""
+
+    slots: int
+    share: int
+    pages: int | None
+    slot: int
+    page: int
+
+    @property
+    def total(self) -> int:
+        return (self.slots + self.share + 1) * self.slot + (self.pages or 0) * self.page
+
+
+def plan(lm: LM, slots: int, budget: int | None) -> Room:
+    """Use `budget` bytes (None: no limit) for `slots` sequences, or as many as fit: in slots of the whole context where
+    there is room for these, otherwise in pages."""
+    size = lambda **more: cache_nbytes(lm.config, 1, lm.context, lm.platform.dtype, **more)  # noqa: E731
+    whole = Room(slots, min(SHARED, slots), None, size(), 0)
+    if budget is None or whole.total <= budget:
+        return whole
+    page = size(pages=2) - size(pages=1)
+    row = size(pages=1) - page
+    share = min(SHARED, slots)
+    # what does not grow with the sequence may take half
+    slots = min(slots, budget // 2 // row - share - 1)
+    if slots < 1:
+        share, slots = 0, 1
+    room = Room(slots, share, None, row, page)
+    pages = (budget - room.total) // page
+    if pages < 1:
+        raise DS4Error(
+            f"a cache budget of {budget / 2**20:.2f} MiB: one sequence needs at least "
+            f"{(room.total + page) / 2**20:.2f} MiB; give more, or a smaller context"
+        )
+    return dataclasses.replace(room, pages=min(int(pages), slots * -(-lm.context // PAGE)))
 
 
 class Local:
@@ -35,7 +75,7 @@ class Local:
       budget: bytes for all sequences' caches together; default: what the device has left.
 
     Raises:
-      DS4Error: not even one sequence of `lm.context` tokens fits.
+      DS4Error: the memory is too small to begin with.
     """
 
     def __init__(self, lm: LM, *, slots: int = SLOTS, budget: int | None = None):
@@ -45,25 +85,13 @@ class Local:
             "dtype": lm.platform.dtype.name, "cache_quant": lm.model.cache_quant, "context": lm.context,
         }  # fmt: skip
         lm.release()  # the cache of `generate`
-        one = cache_nbytes(lm.config, 1, lm.context, lm.platform.dtype)
-        share, free = SHARED, budget
-        if free is None and lm.platform.memory is not None:
-            free = lm.platform.memory - lm.weights_nbytes - memory.WORKSPACE
-        if free is not None:
-            if free < 2 * one and budget is not None:
-                raise DS4Error(
-                    f"a cache budget of {budget / 2**20:.1f} MiB: a context of {lm.context} needs "
-                    f"{2 * one / 2**20:.1f} MiB for one sequence and its prefill; give more, or a smaller context"
-                )
-            # one beside the slots for the prompt being prefilled
-            fits = max(1, free // one - 1)
-            share = min(share, int(fits) // 4)
-            slots = min(slots, int(fits) - share)
-        self.slots, self._one = slots, one
-        self._beside = (1 + share) * one
+        if budget is None and lm.platform.memory is not None:
+            budget = max(0, lm.platform.memory - lm.weights_nbytes - memory.WORKSPACE)
+        self.room = plan(lm, slots, budget)
+        self.slots = self.room.slots
         self.engine = runtime.Engine(
-            lm.programs, lm.config, lm.platform.dtype, slots=slots, capacity=lm.context, device=lm.platform.device,
-            share=share, strict=False,
+            lm.programs, lm.config, lm.platform.dtype, slots=self.slots, capacity=lm.context,
+            device=lm.platform.device, share=self.room.share, pages=self.room.pages, strict=False,
         )  # fmt: skip
         self._open: dict[int, Any] = {}
         self._peak = 0
@@ -124,7 +152,8 @@ class Local:
         return events
 
     def _held(self) -> int:
-        return self.engine.used * self._one
+        pages = self.engine.pages.used * self.room.page if self.engine.pages else 0
+        return self.engine.used * self.room.slot + pages
 
     def token_text(self, token: int) -> str:
         tokenizer = self.lm.tokenizer
@@ -133,8 +162,8 @@ class Local:
     def stats(self) -> Stats:
         c = self.engine.counts
         return Stats(
-            c.prompt, c.prefill, c.shared, c.output, self.slots, self.engine.used, self._held(), self.slots * self._one,
-            self._peak,
+            c.prompt, c.prefill, c.shared, c.output, self.slots, self.engine.used, self._held(),
+            self.slots * self.room.slot + (self.room.pages or 0) * self.room.page, self._peak,
         )  # fmt: skip
 
 

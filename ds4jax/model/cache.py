@@ -20,7 +20,7 @@ from ds4jax.model.config import Config
 
 Array = jax.Array
 
-PAGE = 256  # tokens: a whole number of blocks of either kind
+PAGE = 128  # tokens: a whole number of blocks of either kind
 
 
 def _pytree(cls):

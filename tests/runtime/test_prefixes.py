@@ -163,6 +163,7 @@ def test_decode_waits_for_one_chunk_at_most(lm, monkeypatch):
 # --- failing alone
 
 
+@pytest.mark.full
 def test_logits_that_are_not_finite_end_their_request_alone(lm):
     from ds4jax.runtime.edits import Edit
 
