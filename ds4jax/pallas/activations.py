@@ -3,17 +3,20 @@
 A block of 32 activations shares a scale; each is then a whole number of 16 bits (24 for float32 activations), written
 as signed bytes, most significant first. A product with an 8-bit weight is two (three) instructions for four weights,
 and its error is that of 16 (24) bits: about 2⁻¹⁶ of the block's largest activation, below what bfloat16 activations
-carry. Plain JAX, so that XLA fuses it with what made the activations and does it once for all their products.
+carry. Done once for all products of the same activations, by a kernel of its own: XLA makes five launches of it.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax.experimental import pallas as pl
+
+from ds4jax.pallas import lowering as lo
 
 Array = jax.Array
 
@@ -40,24 +43,56 @@ def digits_for(dtype: Any) -> int:
 def split(x: Array, digits: int) -> Digits:
     """x: [..., K], K a multiple of 32. NaN and infinities make their block's products NaN."""
     lead, K = x.shape[:-1], x.shape[-1]
-    x = x.astype(jnp.float32).reshape(*lead, K // BLOCK, BLOCK)
+    rows, blocks = math.prod(lead), K // BLOCK
+    width = min(32, 1 << (blocks - 1).bit_length())
+
+    def kernel(x_ref, words_ref, scale_ref, sums_ref):
+        n, at = pl.program_id(0), pl.program_id(1) * width
+        block = at + jnp.arange(width, dtype=jnp.int32)
+        live = block < blocks
+        place = block[:, None] * BLOCK + jnp.arange(BLOCK, dtype=jnp.int32)[None]
+        tile = lo.load(x_ref, (n, place), mask=live[:, None] & (place >= 0))
+        words, scale, sums = _split(tile, digits, width)
+        lo.store(scale_ref, (n, block), scale, mask=live)
+        two = 2 * block[:, None] + jnp.arange(2, dtype=jnp.int32)[None]
+        lo.store(sums_ref, (n, two), sums, mask=live[:, None] & (two >= 0))
+        eight = 8 * block[:, None] + jnp.arange(8, dtype=jnp.int32)[None]
+        for digit, w in enumerate(words):
+            lo.store(words_ref, (n, digit, eight), w, mask=live[:, None] & (eight >= 0))
+
+    shapes = [((rows, digits, K // 4), jnp.int32), ((rows, blocks), jnp.float32), ((rows, K // 16), jnp.float32)]
+    words, scale, sums = lo.call(
+        kernel, [jax.ShapeDtypeStruct(*s) for s in shapes], x.reshape(rows, K), grid=(rows, -(-blocks // width)),
+        tuning=lo.Tuning(warps=4, stages=1), name="split_activations",
+    )  # fmt: skip
+    return Digits(*(a.reshape(*lead, *a.shape[1:]) for a in (words, scale, sums)))
+
+
+def _split(x: Array, digits: int, blocks: int) -> tuple[list[Array], Array, Array]:
+    """x [blocks, 32] → words [blocks, 8] of each digit, scale [blocks], sums [blocks, 2]."""
+    x = x.astype(jnp.float32)
     top = 127.0 * 256.0 ** (digits - 1)  # so that the first digit never passes 127
-    peak = jnp.max(jnp.abs(x), axis=-1)
+    finite = jnp.abs(x) < jnp.inf  # false for NaN, which a maximum may pass over
+    x = jnp.where(finite, x, 0)
+    peak = jnp.max(jnp.abs(x), axis=1)
     scale = jnp.where(peak == 0, 1.0, peak / top)
-    whole = jnp.round(x / scale[..., None])
-    whole = jnp.clip(jnp.where(jnp.isfinite(whole), whole, 0), -top, top).astype(jnp.int32)
-    scale = jnp.where(jnp.isfinite(peak), scale, jnp.nan)
-    sums = jnp.sum(whole.reshape(*lead, K // 16, 16), axis=-1).astype(jnp.float32)
+    whole = jnp.clip(_round(x / scale[:, None]), -top, top).astype(jnp.int32)
+    scale = jnp.where(jnp.max(jnp.where(finite, 0.0, 1.0), axis=1) > 0, jnp.nan, scale)
+    sums = jnp.sum(whole.reshape(blocks, 2, 16), axis=2).astype(jnp.float32) * scale[:, None]
     out = []
     for _ in range(digits):
         low = (whole << 24) >> 24  # signed; what it leaves out of `whole` is a multiple of 256
         out.append(low)
         whole = (whole - low) >> 8
-    words = [_pack(d.reshape(*lead, K)) for d in reversed(out)]
-    return Digits(jnp.stack(words, axis=-2), scale, sums * jnp.repeat(scale, 2, axis=-1))
+    return [_pack(d, blocks) for d in reversed(out)], scale, sums
 
 
-def _pack(digit: Array) -> Array:
-    quads = digit.reshape(*digit.shape[:-1], -1, 4) & 255
-    shifts = 8 * np.arange(4, dtype=np.int32)
-    return lax.reduce(quads << shifts, np.int32(0), lax.bitwise_or, (quads.ndim - 1,))
+def _round(x: Array) -> Array:
+    """Nearest whole number, ties to even, of |x| < 2²³: where float32 numbers are a whole step apart."""
+    shift = jnp.where(x < 0, -(2.0**23), 2.0**23)
+    return (x + shift) - shift
+
+
+def _pack(digit: Array, blocks: int) -> Array:
+    quads = digit.reshape(blocks, 8, 4) & 255
+    return jnp.sum(quads << (8 * jnp.arange(4, dtype=jnp.int32)), axis=2)  # no two have a bit in common
