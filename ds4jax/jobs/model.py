@@ -94,7 +94,6 @@ class Local:
             device=lm.platform.device, share=self.room.share, pages=self.room.pages, strict=False,
         )  # fmt: skip
         self._open: dict[int, Any] = {}
-        self._peak = 0
 
     def prepare(self, record: Record, seeds: list[int]) -> list[Any]:
         options = {k: v for k, v in record.options.items() if k != "seed"}
@@ -134,7 +133,6 @@ class Local:
         bursts = self.engine.step()
         events = [Event(n) for n in self.engine.admitted if n in self._open]
         self.engine.admitted.clear()
-        self._peak = max(self._peak, self._held())
         for burst in bursts:
             task = self._open.get(burst.request)
             if task is None:
@@ -151,19 +149,17 @@ class Local:
             events.append(Event(burst.request, len(chunk.tokens), chunk.output))
         return events
 
-    def _held(self) -> int:
-        pages = self.engine.pages.used * self.room.page if self.engine.pages else 0
-        return self.engine.used * self.room.slot + pages
-
     def token_text(self, token: int) -> str:
         tokenizer = self.lm.tokenizer
         return str(token) if tokenizer is None else tokenizer.decode([token])
 
     def stats(self) -> Stats:
-        c = self.engine.counts
+        c, engine, room = self.engine.counts, self.engine, self.room
+        used, peak, pages = (0, 0, 0) if engine.pages is None else (engine.pages.used, engine.pages.peak, room.pages)
+        held = lambda slots, pages: slots * room.slot + pages * room.page  # noqa: E731
         return Stats(
-            c.prompt, c.prefill, c.shared, c.output, self.slots, self.engine.used, self._held(),
-            self.slots * self.room.slot + (self.room.pages or 0) * self.room.page, self._peak,
+            c.prompt, c.prefill, c.shared, c.output, self.slots, engine.used, held(engine.used, used),
+            held(self.slots, pages), held(engine.peak, peak),
         )  # fmt: skip
 
 

@@ -145,6 +145,7 @@ class Engine:
 
     Attributes:
       counts: tokens so far.
+      peak: the most slots that were in use.
       admitted: numbers of the requests that were given a slot; the reader empties it.
     """
 
@@ -159,6 +160,7 @@ class Engine:
         self.prefixes = Prefixes(share) if share else None
         self.strict = strict
         self.counts = Counts()
+        self.peak = 0
         self._next = 0
         self._clear()
 
@@ -290,6 +292,7 @@ class Engine:
                 self._start_from(slot, r, request.prefix)
             elif self._shares(request):
                 r.key, r.waits = key(request.tokens), True
+        self.peak = max(self.peak, self.used)
         self._admit_edits(admitted, which)
         self._show_pages()
 

@@ -139,6 +139,7 @@ def test_shared_header_is_prefilled_once(lm):
     assert s.prefill_tokens == s.prompt_tokens - s.shared_tokens - 30
 
 
+@pytest.mark.full
 def test_any_budget_is_kept_and_gives_the_same(lm):
     """Lengths from one token to the whole context."""
     rng = np.random.default_rng(0)
