@@ -104,12 +104,14 @@ def test_positions_and_reductions(lm, tokens, everything):
     np.testing.assert_allclose(last[sites[1]], entries[-1], **near)
 
 
+@pytest.mark.full
 def test_a_function_of_the_rows(lm, tokens, everything):
     rows = lm.capture(tokens, "layers.*.router.weights", reduce=lambda rows: {"most": jnp.max(rows), "n": len(rows)})
     got = rows["layers.1.router.weights"]
     assert got["n"] == 70 and np.isclose(got["most"], everything["layers.1.router.weights"].max())
 
 
+@pytest.mark.full
 def test_many_prompts(lm, tokens):
     rows = [tokens[:9], tokens[:60], tokens[5:45]]
     site = "layers.*.router.weights"
@@ -158,6 +160,7 @@ def test_bad_captures(lm):
         lm.generate([1, 2], capture="layers.0.fn_out")
 
 
+@pytest.mark.full
 def test_sites_equal_the_reference(monkeypatch):
     """Every value that the reference file has, read by name from its checkpoint."""
     monkeypatch.setattr(programs, "CHUNKS", (272,))  # in one pass: cuts round otherwise, and FP8 makes steps of that
@@ -202,6 +205,7 @@ def test_unused_taps_leave_no_trace(lm, monkeypatch, step):
     assert _text(lm, step) == ours and len(ours) > 10_000
 
 
+@pytest.mark.full
 def test_reading_an_early_layer_computes_no_later_one(lm):
     def flops(site):
         p = lm.programs
@@ -217,6 +221,7 @@ def test_reading_an_early_layer_computes_no_later_one(lm):
     assert flops("layers.0.ffn_out") < 0.75 * flops("layers.1.ffn_out")
 
 
+@pytest.mark.full
 def test_taps_differentiate(lm, tokens):
     """`Tap.edit` under jax.grad: the gradient at a site is that of a change to it."""
     site, model = "layers.0.ffn_out", lm.model

@@ -62,6 +62,7 @@ def test_safetensors(tmp_path, rows):
     assert back.operation == "add" and back.info == {"method": "mean"} and set(back.vectors) == set(d.vectors)
 
 
+@pytest.mark.full
 def test_a_file_is_applied_as_it_was_made(lm, tokens, tmp_path, rows):
     projective(rows).save(tmp_path / "p.f32")
     Directions({"layers.1.streams_out": rows[1]}, "add").save(tmp_path / "a.gguf")

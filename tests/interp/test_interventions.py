@@ -63,6 +63,7 @@ def _swap(y, w):
     return y[..., ::-1] * w
 
 
+@pytest.mark.full
 def test_several_at_one_site(read, direction):
     """Additions and projections read the same value; other kinds apply one after the other, in the order given."""
     y, v = read()[LAST], direction
@@ -87,6 +88,7 @@ def test_positions(read, direction):
     assert (a != y).any(-1).sum() == 3
 
 
+@pytest.mark.full
 def test_conditions(read, direction):
     y, mid = read()[LAST], read()["layers.1.attn_out"]
     v, u = direction, np.roll(direction, 5)
@@ -99,6 +101,7 @@ def test_conditions(read, direction):
         read(interp.add("layers.0.ffn_out", v, when=interp.When(LAST, u, 0.0)))
 
 
+@pytest.mark.full
 def test_patching_a_run_into_another(lm, tokens):
     """All streams after the first layer from another run give that run's logits from there on."""
     clean, other = tokens[:30], tokens[30:60]
@@ -111,6 +114,7 @@ def test_patching_a_run_into_another(lm, tokens):
     np.testing.assert_array_equal(half[:5], lm.logits(other)[:5])
 
 
+@pytest.mark.full
 def test_choosing_experts(lm, tokens):
     chosen = np.array([3, 1], np.int32)
     a = lm.capture(tokens[:9], ["layers.1.router.*"], interventions=interp.replace("layers.1.router.experts", chosen))
@@ -119,6 +123,7 @@ def test_choosing_experts(lm, tokens):
     np.testing.assert_allclose(a["layers.1.router.weights"], 1.5 * p / p.sum(-1, keepdims=True), atol=1e-5)
 
 
+@pytest.mark.full
 def test_entries_are_edited_as_their_last_token(lm, tokens):
     site = "layers.0.attn.entries"
     y = lm.capture(tokens, site)[site]

@@ -76,6 +76,7 @@ def test_final_answer_is_exact_to_the_token(lm, scripts, direction):
     assert seen == {0, 1, 2, 3}
 
 
+@pytest.mark.full
 def test_thinking_and_calls_are_untouched_to_the_bit(lm, scripts, direction):
     """Steering at every layer, where it would be remembered: up to the first token of text nothing differs."""
     vectors = Directions({f"layers.{i}.ffn_out": direction for i in range(2)}, "project")
@@ -98,6 +99,7 @@ def test_thinking_and_calls_are_untouched_to_the_bit(lm, scripts, direction):
     assert whole >= 2  # replies that are thinking or a call from end to end
 
 
+@pytest.mark.full
 def test_streaming_and_teacher_forcing_agree(lm, scripts, direction):
     """The same tokens given as a whole, with the policy read from the text: the same rows."""
     site = "layers.1.streams_out"

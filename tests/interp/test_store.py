@@ -50,6 +50,7 @@ def test_a_folder_holds_what_memory_would(lm, prompts, wanted, tmp_path):
     np.testing.assert_allclose(one, [a.mean(0) for a in wanted["layers.1.ffn_out"]], atol=1e-5)
 
 
+@pytest.mark.full
 def test_an_interruption_anywhere_loses_and_doubles_nothing(lm, prompts, wanted, tmp_path, monkeypatch):
     """Stopped at every renaming in turn, before and after it, with the unfinished file left behind."""
     real = os.replace
