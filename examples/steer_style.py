@@ -43,12 +43,20 @@ The branch is merged into the current one, and the commit""".splitlines()
 PROMPTS = ["After that, the", "It is said that", "There is a", "When he came to the", "In this case the", "One of the",
            "The first of these is", "And then the", "They do not"]  # fmt: skip
 
-HOLY = set("""lord god unto israel king sons children people shall behold holy priests jerusalem moses david heaven altar
-offering son father land earth blessed servants judah egypt prophet righteousness jesus sins sword congregation
-""".split())
-SOFTWARE = set("""file files function command server value option options default list name table data user system directory
-set used use configuration module object type string version package program database query argument parameter returns
-method class line output input index button menu window specified""".split())
+HOLY = set(
+    """
+lord god unto israel king sons children people shall behold holy priests jerusalem moses david
+heaven altar offering son father land earth blessed servants judah egypt prophet righteousness jesus
+sins sword congregation
+""".split()
+)
+SOFTWARE = set(
+    """
+file files function command server value option options default list name table data user system
+directory set used use configuration module object type string version package program database
+query argument parameter returns method class line output input index button menu window specified
+""".split()
+)
 
 
 def register(text: str) -> float:
@@ -66,7 +74,7 @@ def main(out: Path) -> None:
 
     steering = ds4jax.Steering.load(out / "scripture.gguf")
     result = interp.sweep(
-        lm, steering, PROMPTS, [-6, -4, -2, 0, 2, 4, 6], measures={"scripture − manual words per 100": register},
+        lm, steering, PROMPTS, [-6, -4, -2, 0, 2, 4], measures={"scripture − manual words per 100": register},
         max_tokens=48,
     )  # fmt: skip
     for line in result.table():
