@@ -263,13 +263,14 @@ class Loop:
     # --- out
 
     def _step(self) -> Iterator[Result]:
+        before = time.monotonic()  # what is admitted in a step is prefilled in it, too
         for event in self.model.step():
             o = self._owner.get(event.number)
             if o is None:
                 continue
             now = time.monotonic()
             if o.began is None:
-                o.began = now
+                o.began = before
             if event.tokens and o.first is None:
                 o.first = now
             if event.error is not None:
