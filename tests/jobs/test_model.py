@@ -177,7 +177,7 @@ def test_fingerprint_tells_models_apart(lm, random_gguf):
         assert fingerprint(again) != fingerprint(lm), path
 
 
-# --- in full
+# --- in full, on nano
 
 
 @pytest.mark.full
@@ -185,5 +185,26 @@ def test_ten_thousand_requests_on_nano(tmp_path):
     from scripts.soak_batch import soak
 
     figures = soak(tmp_path, requests=10_000, kills=100)
-    assert figures["kills"] >= 100 and figures["missing"] == figures["twice"] == figures["torn"] == 0
-    assert json.dumps(figures)
+    assert figures["kills"] >= 100 and figures["wrong_ids"] == 0
+    assert figures["missing"] == figures["twice"] == figures["torn"] == 0
+
+
+@pytest.mark.full
+def test_company_does_not_change_texts_on_nano():
+    from scripts.soak_batch import company
+
+    figures = company(requests=500)
+    assert figures["different"] <= 5, figures
+    assert all(gap < 0.05 for _, gap, kind in figures["first_gaps"] if kind == "greedy"), figures
+
+
+@pytest.mark.full
+def test_a_thousand_lengths_in_a_small_budget_on_nano():
+    from scripts.soak_batch import memory
+
+    figures = memory(requests=1000)
+    assert figures["errors"] == 0 and figures["pages"]
+    assert figures["peak"] <= figures["budget"] and figures["device_cache"] <= figures["budget"]
+    assert figures["prefilled"] == 1000 + figures["tails"] - figures["prompts"], (
+        "the header once, decode the last token"
+    )

@@ -56,6 +56,27 @@ def test_openai_chat_line():
     }  # fmt: skip
 
 
+# as in OpenAI's guide to batches and in vLLM's to run_batch
+EXAMPLES = """
+{"custom_id": "request-1", "method": "POST", "url": "/v1/chat/completions", "body": {"model": "gpt-3.5-turbo-0125", \
+"messages": [{"role": "system", "content": "You are a helpful assistant."},{"role": "user", "content": "Hello world!"}],\
+"max_tokens": 1000}}
+{"custom_id": "request-2", "method": "POST", "url": "/v1/chat/completions", "body": {"model": "some/Model", \
+"messages": [{"role": "system", "content": "You are an unhelpful assistant."},{"role": "user", "content": "Hello!"}],\
+"max_completion_tokens": 1000}}
+{"custom_id": "request-3", "method": "POST", "url": "/v1/completions", "body": {"model": "gpt-3.5-turbo-instruct", \
+"prompt": "Say this is a test", "max_tokens": 7, "temperature": 0, "top_p": 1, "n": 1, "stream": false, \
+"logprobs": null, "stop": "\\n"}}
+"""
+
+
+def test_example_files():
+    records = [parse(text, HERE) for text in EXAMPLES.strip().splitlines()]
+    assert [r.id for r in records] == ["request-1", "request-2", "request-3"]
+    assert [r.options["max_tokens"] for r in records] == [1000, 1000, 7]
+    assert records[2].options == {"max_tokens": 7, "temperature": 0, "top_p": 1, "stop": ["\n"]}
+
+
 @pytest.mark.parametrize(
     "body, think",
     [
