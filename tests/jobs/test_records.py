@@ -59,8 +59,8 @@ def test_openai_chat_line():
 # as in OpenAI's guide to batches and in vLLM's to run_batch
 EXAMPLES = """
 {"custom_id": "request-1", "method": "POST", "url": "/v1/chat/completions", "body": {"model": "gpt-3.5-turbo-0125", \
-"messages": [{"role": "system", "content": "You are a helpful assistant."},{"role": "user", "content": "Hello world!"}],\
-"max_tokens": 1000}}
+"messages": [{"role": "system", "content": "You are a helpful assistant."},\
+{"role": "user", "content": "Hello world!"}], "max_tokens": 1000}}
 {"custom_id": "request-2", "method": "POST", "url": "/v1/chat/completions", "body": {"model": "some/Model", \
 "messages": [{"role": "system", "content": "You are an unhelpful assistant."},{"role": "user", "content": "Hello!"}],\
 "max_completion_tokens": 1000}}
