@@ -63,7 +63,7 @@ def swiglu(
     """`quant.expert_swiglu` for 1 to 8 tokens: x[T, D], ids and weights [T, k] → h[T, k, F] in x's dtype."""
     (T, D), k, F = x.shape, ids.shape[1], gate.out
     _check(T, D, gate, up)
-    tuning = tuning or tuned.lookup("swiglu", gate.format)
+    tuning = tuning or tuned.lookup("swiglu", gate.format, D)
     digits = activations.digits_for(x.dtype)
     xs = activations.split(x, digits)
     R = min(tuning.rows, matvec.power_of_two(F))
@@ -94,7 +94,7 @@ def down(h: Array, stack: Stack, ids: Array, tuning: lo.Tuning | None = None) ->
     """`quant.expert_down` for 1 to 8 tokens: h[T, k, F], ids[T, k] → y[T, D] in h's dtype."""
     (T, k, F), D = h.shape, stack.out
     _check(T, F, stack)
-    tuning = tuning or tuned.lookup("down", stack.format)
+    tuning = tuning or tuned.lookup("down", stack.format, F)
     digits = activations.digits_for(h.dtype)
     hs = activations.split(h.reshape(T * k, F), digits)
     R = min(tuning.rows, matvec.power_of_two(D))

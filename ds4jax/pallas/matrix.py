@@ -90,7 +90,7 @@ def matmul(
     N, K = x.shape[0], x.shape[-1]
     G, out = (x.shape[1] if stacked else 1), parts["codes"].shape[-2]
     _check(x.dtype, K, format)
-    tuning = tuning or tuned.lookup("dense", format)
+    tuning = tuning or tuned.lookup("dense", format, K)
     R = max(16, min(tuning.rows, matvec.power_of_two(out)))
     M = max(16, min(tuning.tokens, matvec.power_of_two(N)))
     units = _units(format, K, tuning.units)
@@ -157,7 +157,7 @@ def grouped_swiglu(
     _check(x.dtype, D, gate.format, up.format)
     if gate.format != up.format:
         raise NotImplementedError(f"gate in {gate.format} and up in {up.format}")
-    tuning = tuning or tuned.grouped(gate.format, T * k, gate.parts["codes"].shape[0])
+    tuning = tuning or tuned.grouped(gate.format, D, T * k, gate.parts["codes"].shape[0])
     R, M = max(16, min(tuning.rows, matvec.power_of_two(F))), tuning.tokens
     units = _units(gate.format, D, tuning.units)
     plan = schedule(ids, gate.parts["codes"].shape[0], M)
@@ -194,7 +194,7 @@ def grouped_down(h: Array, stack: Stack, ids: Array, tuning: lo.Tuning | None = 
     """`quant.expert_down` for many tokens, bfloat16."""
     (T, k, F), D = h.shape, stack.out
     _check(h.dtype, F, stack.format)
-    tuning = tuning or tuned.grouped(stack.format, T * k, stack.parts["codes"].shape[0])
+    tuning = tuning or tuned.grouped(stack.format, F, T * k, stack.parts["codes"].shape[0])
     R, M = max(16, min(tuning.rows, matvec.power_of_two(D))), tuning.tokens
     units = _units(stack.format, F, tuning.units)
     plan = schedule(ids, stack.parts["codes"].shape[0], M)
