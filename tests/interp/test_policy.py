@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+import ds4jax
 from ds4jax import Steering
 from ds4jax.chat import RegionAutomaton, classify
 from ds4jax.errors import DS4Error
@@ -155,3 +156,27 @@ def test_bad_policies(lm, direction):
         lm.logits([1, 2, 3], steering=steering(direction, "final-answer"))
     with pytest.raises(DS4Error, match="a list of 2 for 1 prompts"):
         lm.generate([1, 2], steering=[None, None])
+
+
+@pytest.mark.full
+def test_nano_calls_tools_under_strong_steering():
+    """What ruins nano's tool calls everywhere leaves them, to the token, as they were under the policy."""
+    lm = ds4jax.load("nano", context=1024, device="cpu", verbose=False)
+    city = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+    tools = [{"type": "function", "function": {"name": "get_weather", "description": "Weather", "parameters": city}}]
+    ask = [[{"role": "user", "content": f"What is the weather in {c}?"}] for c in ("Rome", "Paris")]
+    v = np.random.default_rng(0).normal(size=lm.config.hidden_size).astype(np.float32)
+    d = Directions({f"layers.{i}.streams_out": v / np.linalg.norm(v) for i in range(1, 5)}, "add")
+    options = dict(tools=tools, temperature=0, max_tokens=64, logprobs=True)
+    plain = lm.generate(ask, **options)
+    assert [o.tool_calls[0]["function"]["name"] for o in plain] == ["get_weather"] * 2
+    kept = lm.generate(ask, steering=Steering(d, scale=12), **options)  # with tools, the policy by default
+    ruined = lm.generate(ask, steering=Steering(d, scale=12, policy="always"), **options)
+    for a, b, c in zip(plain, kept, ruined, strict=True):
+        assert a.tokens == b.tokens and a.tool_calls[0]["function"] == b.tool_calls[0]["function"]
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
+        assert not c.tool_calls or c.tool_calls[0]["function"] != a.tool_calls[0]["function"]
+    story = lm.generate("Once upon a time", temperature=0, max_tokens=20)
+    final = Steering(d, scale=12, policy="final-answer")
+    steered = lm.generate("Once upon a time", temperature=0, max_tokens=20, steering=final)
+    assert story.tokens != steered.tokens
