@@ -146,7 +146,7 @@ class Engine:
     Attributes:
       counts: tokens so far.
       peak: the most slots that were in use.
-      admitted: numbers of the requests that were given a slot; the reader empties it.
+      admitted: numbers of the latest requests that were given a slot; whoever reads it between steps empties it.
     """
 
     def __init__(
@@ -172,7 +172,7 @@ class Engine:
         self._in_flight = None
         self._edits: EditTable | None = None
         self._track: Track | None = None
-        self.admitted: list[int] = []
+        self.admitted: collections.deque[int] = collections.deque(maxlen=self.n_slots)
         if self.prefixes:
             self.prefixes.clear()
         if self.pages:
