@@ -7,17 +7,20 @@ the lightning indexer scores highest.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from ds4jax import quant
-from ds4jax.model.cache import LayerCache, everything, pick
+from ds4jax.model.cache import LayerCache, Paged, everything, flat, pick, rows_of
 from ds4jax.model.compressor import Compressor, Step, write_entries
 from ds4jax.model.config import Config
 from ds4jax.model.layers import Linear, RMSNorm, rms, rope_frequencies, rotate, simulate_fp4, simulate_fp8, value
 from ds4jax.model.sites import Tap
+from ds4jax.pallas import attention as kernels
+from ds4jax.quant import api
 
 Array = jax.Array
 
@@ -60,6 +63,53 @@ def attend(q: Array, parts: list[tuple[Array, Array]], sink: Array) -> tuple[Arr
         o = o + einsum(spec, p[..., at : at + n].astype(q.dtype), keys)
         at += n
     return o.astype(q.dtype), p
+
+
+def decode_attend(
+    q: Array, window: Array, in_window: Array, selected: list, stored: Array | Paged | None, rows: Callable[[], Array],
+    sink: Array, implementation: str | None = None,
+) -> Array:  # fmt: skip
+    """Attention of one token a slot.
+
+    Args:
+      q: [B, H, d].
+      window: [B, W, d], and in_window [B, W], which of it count.
+      selected: the entries as `attend` takes them.
+      stored: the same where they are stored, and `rows()` [B, K], their rows in it, -1 for none: read in place.
+      sink: [H].
+
+    Returns:
+      [B, H, d] in q's dtype.
+    """
+
+    def plain():
+        parts = [(window.astype(q.dtype), in_window[:, None]), *selected]
+        return attend(q[:, None], parts, sink)[0][:, 0]
+
+    def pallas():
+        kernels.require(q)
+        number = rows()
+        store = None if stored is None else flat(stored)
+        return _attend_kernel(q, window, in_window, store, number, sink)
+
+    table = {"pallas": pallas, "xla": plain}
+    return api.run("attention.decode", table, implementation)
+
+
+def _attend_rows(q, window, in_window, stored, rows, sink):
+    """What the kernel computes, in plain JAX."""
+    parts = [(window.astype(q.dtype), in_window[:, None])]
+    if rows is not None:
+        parts.append((stored[jnp.maximum(rows, 0)][:, None].astype(q.dtype), (rows >= 0)[:, None]))
+    return attend(q[:, None], parts, sink)[0][:, 0]
+
+
+@jax.custom_vjp
+def _attend_kernel(q, window, in_window, stored, rows, sink):
+    return kernels.decode(q, window, in_window, stored, rows, sink)
+
+
+_attend_kernel.defvjp(lambda *args: (_attend_kernel(*args), args), lambda args, g: jax.vjp(_attend_rows, *args)[1](g))
 
 
 class Indexer(nnx.Module):
@@ -238,11 +288,30 @@ class Attention(nnx.Module):
         age = jax.lax.rem(step.start[:, None] + W - jnp.arange(W, dtype=jnp.int32), W)  # of each ring slot, in tokens
         in_window = (age <= step.start[:, None])[:, None]
         selected, seen = self._selected(step.positions, index_query, cache)
-        o, pattern = attend(q, [(window.astype(q.dtype), in_window), *selected], value(self.sink))
+        sink = value(self.sink)
+        if not any(tap.wants(name) for name in ("pattern", "pattern_entries", "indexer.kl")):
+            rows = lambda: self._rows(step, cache, seen)  # noqa: E731
+            stored = cache.entries if self.ratio else None
+            o = decode_attend(q[:, 0], window, in_window[:, 0], selected, stored, rows, sink)
+            for name, array in self._sites(tap, selected, seen, None, None).items():
+                tap(name, array)
+            return o[:, None], window
+        o, pattern = attend(q, [(window.astype(q.dtype), in_window), *selected], sink)
         back = lambda: age[:, None]  # noqa: E731  ring slot i has age start - i, so age j lies in slot start - j
         for name, array in self._sites(tap, selected, seen, pattern, back).items():
             tap(name, array)
         return o, window
+
+    def _rows(self, step: Step, cache: LayerCache, seen: dict[str, Array]) -> Array | None:
+        """The entries that the newest tokens read, by their rows in `flat(cache.entries)`: [B, K], -1 for none."""
+        if not self.ratio:
+            return None
+        if self.ratio == 4:
+            index = seen["indexer.topk"][:, 0]
+        else:
+            number = jnp.arange(cache.entries.shape[1], dtype=jnp.int32)
+            index = jnp.where(number < jax.lax.div(step.positions + 1, self.ratio), number, -1)
+        return jnp.where(index < 0, -1, rows_of(cache.entries, jnp.maximum(index, 0)))
 
     def _prefill(self, q, kv, index_query, step, cache, tap):
         """Many tokens a slot, in blocks of queries: each block sees W earlier keys, its own, and its entries."""

@@ -98,6 +98,20 @@ def pick(stored: Array | Paged, index: Array) -> Array:
     return stored.flat().at[rows].get(mode="clip")
 
 
+def flat(stored: Array | Paged) -> Array:
+    """All stored entries of all slots as they lie: [M, d]."""
+    return stored.flat() if isinstance(stored, Paged) else stored.reshape(-1, stored.shape[-1])
+
+
+def rows_of(stored: Array | Paged, index: Array) -> Array:
+    """Which rows of `flat(stored)` entries `index` [B, n] of each slot are; index may be [n], for all slots alike."""
+    B, N = stored.shape[:2]
+    index = jnp.broadcast_to(index, (B, index.shape[-1]))
+    if isinstance(stored, Paged):
+        return jnp.minimum(stored.rows(index), stored.pool.shape[0] * stored.pool.shape[1] - 1)
+    return index + N * jnp.arange(B, dtype=jnp.int32)[:, None]
+
+
 @_pytree
 class LayerCache:
     window: Array  # [B, W, d] keys (= values) of the last W positions; position p at p mod W

@@ -1,12 +1,12 @@
 """Attention of one token a slot over its window and its compressed entries, in two launches.
 
-The first kernel spreads blocks of keys over the device; chosen entries are read from the cache where they lie, through
-their numbers. The second joins the blocks and the sink. (Flash decoding: T. Dao et al., 2023.)
+The first kernel spreads blocks of keys over the device; entries are read from where they are stored, through their
+numbers. The second joins the parts and the sink. (Flash decoding: T. Dao et al., 2023.)
 """
 
 from __future__ import annotations
 
-import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,86 +17,91 @@ from ds4jax.pallas import lowering as lo
 
 Array = jax.Array
 
-HEADS = 16  # heads of a program: the rows of a tensor-core tile
-KEYS = 64  # keys of a program
-CHANNELS = 64  # channels multiplied at once
+KEYS = 32  # keys multiplied at once
+HEADS = 16  # heads of a program when few slots decode: the rows of a tensor-core tile
+MANY_SLOTS = 8  # from here on a program takes up to 64 heads, so that keys are read once
+PROGRAMS = 264  # about how many programs fill a device
 NEG = -1e30
 
 
-def decode(
-    q: Array, window: Array, in_window: Array, entries: Array | None, rows: Array | None, count: Array | None,
-    sink: Array,
-) -> Array:  # fmt: skip
-    """q [B, H, d] → [B, H, d]. NotImplementedError where no kernel serves the call.
-
-    window: [B, W, d] and in_window [B, W], which of it count. entries: [B, N, d], of which `rows` [B, K] are read (-1:
-    none), or without `rows` the first `count` [B]. sink: [H].
-    """
+def require(q: Array) -> None:
+    """NotImplementedError where no kernel serves queries [B, H, d]."""
     lo.require_device()
+    d = q.shape[-1]
+    if d < 16 or d & (d - 1):
+        raise NotImplementedError(f"heads of {d} channels are no power of two of at least 16")
+
+
+def decode(q: Array, window: Array, in_window: Array, stored: Array | None, rows: Array | None, sink: Array) -> Array:
+    """q [B, H, d], window [B, W, d] and which of it count [B, W], entries [M, d] and the rows of them that each slot
+    reads [B, K] (-1: none) or neither, sink [H] → [B, H, d]. NotImplementedError where no kernel serves the call."""
+    require(q)
     B, H, d = q.shape
     W = window.shape[1]
-    if d % CHANNELS:
-        raise NotImplementedError(f"heads of {d} channels are no multiple of {CHANNELS}")
-    near = -(-W // KEYS)
-    listed = rows is not None
-    if entries is None:
-        entries, count, far = window, jnp.zeros((B,), jnp.int32), 0
-    else:
-        far = -(-(rows.shape[1] if listed else entries.shape[1]) // KEYS)
-    if listed:  # -1: none
-        rows = jnp.pad(rows, [(0, 0), (0, far * KEYS - rows.shape[1])], constant_values=-1)
-    splits = near + far
-    limit = entries.shape[1]
+    many = B >= MANY_SLOTS
+    heads = HEADS if not many else max(HEADS, min(64, 1 << (H - 1).bit_length()))
+    groups = -(-H // heads)
+    near, far = -(-W // KEYS), 0 if rows is None else -(-rows.shape[1] // KEYS)
+    share = max(1, PROGRAMS // (B * groups))  # splits of all blocks of a slot
+    near_splits = max(1, min(near, share * near // (near + far)))
+    far_splits = min(far, max(1, share - near_splits)) if far else 0
+    near_each = -(-near // near_splits)
+    far_each = -(-far // far_splits) if far else 0
+    splits = near_splits + far_splits
+    if rows is None:
+        stored, rows = window[0], jnp.zeros((B, 1), jnp.int32)
+    K = rows.shape[1]
 
-    def part(q_ref, window_ref, live_ref, entries_ref, chosen_ref, peak_ref, sum_ref, out_ref):
+    def part(q_ref, window_ref, live_ref, stored_ref, rows_ref, peak_ref, sum_ref, out_ref):
         b, split = pl.program_id(0), pl.program_id(2)
-        heads = pl.program_id(1) * HEADS + jnp.arange(HEADS, dtype=jnp.int32)
-        head = jnp.minimum(heads, H - 1)
-        c = jnp.arange(CHANNELS, dtype=jnp.int32)
+        head = pl.program_id(1) * heads + jnp.arange(heads, dtype=jnp.int32)
+        c = jnp.arange(d, dtype=jnp.int32)[None]
+        mine = head < H
+        queries = lo.load(q_ref, (b, jnp.minimum(head, H - 1)[:, None], c))
 
-        def over(keys_ref, row, live):
-            """The softmax of one block of keys, unnormalised."""
-            s = jnp.zeros((HEADS, KEYS), jnp.float32)
-            for at in range(0, d, CHANNELS):
-                queries = lo.load(q_ref, (b, head[:, None], at + c[None]))
-                keys = lo.load(keys_ref, (b, row[:, None], at + c[None])).astype(q.dtype)
-                s = s + lo.matrix_product(queries, keys)
-            s = jnp.where(live[None], s * d**-0.5, NEG)
-            peak = jnp.max(s, axis=1)
-            p = jnp.where(live[None], jnp.exp(s - peak[:, None]), 0)
-            mine = heads < H
-            lo.store(peak_ref, (b, split, heads), peak, mask=mine)
-            lo.store(sum_ref, (b, split, heads), jnp.sum(p, axis=1), mask=mine)
-            p = p.astype(q.dtype)
-            for at in range(0, d, CHANNELS):
-                values = lo.load(keys_ref, (b, row[:, None], at + c[None])).astype(q.dtype)
-                lo.store(
-                    out_ref, (b, split, heads[:, None], at + c[None]), _product(p, values),
-                    mask=mine[:, None] & (c >= 0)[None],
-                )  # fmt: skip
+        def over(each: int, first: Any, keys_of) -> None:
+            """The unnormalised softmax over `each` blocks of keys."""
 
-        @pl.when(split < near)
-        def _():
-            j = split * KEYS + jnp.arange(KEYS, dtype=jnp.int32)
+            def block(i, carry):
+                peak, total, acc = carry
+                keys, live = keys_of((first + i) * KEYS + jnp.arange(KEYS, dtype=jnp.int32))
+                s = jnp.where(live[None], lo.matrix_product(queries, keys) * d**-0.5, NEG)
+                top = jnp.maximum(peak, jnp.max(s, axis=1))
+                p = jnp.where(live[None], jnp.exp(s - top[:, None]), 0)
+                fade = jnp.exp(peak - top)
+                acc = acc * fade[:, None] + _product(p.astype(q.dtype), keys)
+                return top, total * fade + jnp.sum(p, axis=1), acc
+
+            zero = jnp.zeros((heads,), jnp.float32)
+            start = (zero + NEG, zero, jnp.zeros((heads, d), jnp.float32))
+            peak, total, acc = lo.loop(each, block, start)
+            lo.store(peak_ref, (b, split, head), peak, mask=mine)
+            lo.store(sum_ref, (b, split, head), total, mask=mine)
+            lo.store(out_ref, (b, split, head[:, None], c), acc, mask=mine[:, None] & (c >= 0))
+
+        def from_window(j):
             row = jnp.minimum(j, W - 1)
-            over(window_ref, row, (j < W) & (lo.load(live_ref, (b, row)) != 0))
+            live = (j < W) & (lo.load(live_ref, (b, row)) != 0)
+            return lo.load(window_ref, (b, row[:, None], c)).astype(q.dtype), live
+
+        def from_stored(j):
+            row = lo.load(rows_ref, (b, jnp.minimum(j, K - 1)))
+            return lo.load(stored_ref, (jnp.maximum(row, 0)[:, None], c)).astype(q.dtype), (j < K) & (row >= 0)
+
+        @pl.when(split < near_splits)
+        def _():
+            over(near_each, split * near_each, from_window)
 
         if far:
 
-            @pl.when(split >= near)
+            @pl.when(split >= near_splits)
             def _():
-                j = (split - near) * KEYS + jnp.arange(KEYS, dtype=jnp.int32)
-                if listed:
-                    row = lo.load(chosen_ref, (b, j))
-                    live = row >= 0
-                else:
-                    row, live = j, j < chosen_ref[b]
-                over(entries_ref, jnp.clip(row, 0, limit - 1), live)
+                over(far_each, (split - near_splits) * far_each, from_stored)
 
     shapes = [(B, splits, H), (B, splits, H), (B, splits, H, d)]
-    peak, total, out = lo.call(
-        part, [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes], q, window, in_window.astype(jnp.int32), entries,
-        rows if listed else count, grid=(B, -(-H // HEADS), splits), tuning=lo.Tuning(warps=4, stages=2),
+    parts = lo.call(
+        part, [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes], q, window, in_window.astype(jnp.int32), stored,
+        rows, grid=(B, groups, splits), tuning=lo.Tuning(warps=8 if heads > HEADS else 4, stages=1),
         name="decode_attention",
     )  # fmt: skip
     width = 1 << (splits - 1).bit_length()
@@ -110,17 +115,16 @@ def decode(
         top = jnp.maximum(jnp.max(peaks), sink)
         sums = jnp.where(exists, lo.load(sum_ref, (b, split, h)), 0)
         whole = jnp.sum(jnp.exp(peaks - top) * sums) + jnp.exp(sink - top)
-        c = jnp.arange(math.gcd(d, 512), dtype=jnp.int32)
-        for at in range(0, d, len(c)):
+        c = jnp.arange(d, dtype=jnp.int32)
 
-            def add(i, acc, at=at):
-                return acc + jnp.exp(peak_ref[b, i, h] - top) * lo.load(part_ref, (b, i, h, at + c))
+        def add(i, acc):
+            return acc + jnp.exp(peak_ref[b, i, h] - top) * lo.load(part_ref, (b, i, h, c))
 
-            acc = lax.fori_loop(0, splits, add, jnp.zeros((len(c),), jnp.float32))
-            lo.store(out_ref, (b, h, at + c), acc / whole)
+        acc = lax.fori_loop(0, splits, add, jnp.zeros((d,), jnp.float32))
+        lo.store(out_ref, (b, h, c), acc / whole)
 
     return lo.call(
-        join, jax.ShapeDtypeStruct((B, H, d), q.dtype), peak, total, out, sink, grid=(B, H),
+        join, jax.ShapeDtypeStruct((B, H, d), q.dtype), *parts, sink, grid=(B, H),
         tuning=lo.Tuning(warps=4, stages=1), name="decode_attention_join",
     )  # fmt: skip
 
