@@ -1,32 +1,34 @@
-"""Weights from a checkpoint's memory map into device buffers, one tensor after another.
+"""Weights from a checkpoint's memory map into device buffers.
 
-A tensor's bytes travel in chunks: worker threads move them from the page cache to the device while the main thread
-rearranges each tensor that has arrived (`quant.from_blocks`, compiled ahead in the background) and drops its raw
-bytes. The host holds a few chunks, the device the finished tensors and at most `ahead_bytes` of raw ones.
+A tensor's bytes travel in chunks of whole rows: worker threads move them from the page cache to the device while the
+main thread rearranges what has arrived (`quant.from_blocks`, compiled ahead in the background) and drops the raw bytes.
+
+On GPUs every array is allocated before the first raw byte and its chunks are written in place, into donated buffers:
+the device holds the arrays and at most `ahead_bytes` of raw ones, nothing is allocated in the holes that raw bytes
+leave (the allocator would round such arrays up to the hole), and one small program serves all tensors of a shape.
+Elsewhere a tensor is one chunk, rearranged straight out of the map.
 
 How a chunk travels is the `strategy`:
 
-- "direct": `jax.device_put` of the mapped bytes. The runtime copies pageable memory through its own staging buffer.
+- "direct": `jax.device_put` of the mapped bytes. The runtime copies pageable memory through its own staging buffers,
+  one per thread; a dozen threads together fill the bus.
 - "pinned": the bytes are put in page-locked host memory first (`memory_kind="pinned_host"`), from where the device
-  fetches them by DMA at the bus's full rate.
-- "ring": as "pinned", but the page-locked buffers are allocated once and refilled in place; the threads read the file
-  straight into them. JAX arrays are immutable by contract, so the refilled buffers never leave this module, and a
-  probe proves on the device at hand that a finished transfer no longer depends on its source.
-- "auto": ring, else pinned, else direct on GPUs (the reason for a fallback is logged); direct elsewhere.
+  fetches them by DMA. Faster than "direct" for a single thread, no faster for many.
+- "auto": direct.
 """
 
 from __future__ import annotations
 
 import collections
 import concurrent.futures as futures
-import ctypes
+import contextlib
 import dataclasses
 import functools
 import logging
-import mmap
+import math
 import os
-import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -37,11 +39,11 @@ import numpy as np
 from ds4jax import quant
 from ds4jax.errors import DS4Error
 from ds4jax.weights.checkpoint import Checkpoint
-from ds4jax.weights.files import MappedFile, TensorInfo
+from ds4jax.weights.files import MappedFile, Piece, TensorInfo
 
 log = logging.getLogger(__name__)
 
-STRATEGIES = ("auto", "direct", "pinned", "ring")
+STRATEGIES = ("auto", "direct", "pinned")
 READERS = ("mmap", "pread")
 _INFINITE = {  # exponent bits that mark infinities and NaNs
     "F32": (np.uint32, 0x7F800000),
@@ -55,14 +57,17 @@ class LoadOptions:
     """How to move bytes. Zero or None: chosen by device.
 
     strategy: see the module. reader: "mmap" copies mapped pages, "pread" reads the file (no page faults).
-    workers: threads. chunk_bytes: size of one transfer. ahead_bytes: raw bytes under way or waiting on the device.
+    workers: threads. chunk_bytes: size of one transfer, at least a row. ahead_bytes: raw bytes under way or waiting on
+    the device. in_place: whether arrays are allocated first and filled chunk by chunk; a tensor of several chunks
+    always is.
     """
 
     strategy: str = "auto"
-    reader: str = "pread"
+    reader: str = "mmap"
     workers: int = 0
     chunk_bytes: int = 0
     ahead_bytes: int = 0
+    in_place: bool | None = None
 
     def __post_init__(self):
         if self.strategy not in STRATEGIES:
@@ -72,18 +77,15 @@ class LoadOptions:
 
     def resolve(self, device: jax.Device) -> LoadOptions:
         """Fill in what was left open, for a device."""
+        strategy = "direct" if self.strategy == "auto" else self.strategy
         if device.platform == "cpu":
             # the device is the host: whole tensors, straight from the map, need no staging at all
-            strategy = "direct" if self.strategy == "auto" else self.strategy
-            workers, chunk, ahead = 2, 1 << 40, 1 << 28
-            reader = "mmap" if strategy == "direct" else self.reader
+            workers, chunk, ahead = self.workers or 2, self.chunk_bytes or 1 << 40, 1 << 28
         else:
-            strategy, reader = self.strategy, self.reader
-            workers, chunk, ahead = min(12, os.cpu_count() or 4), 32 << 20, 3 << 30
-        chunk = self.chunk_bytes or chunk
-        return LoadOptions(
-            strategy, reader, self.workers or workers, max(4096, chunk // 4096 * 4096), self.ahead_bytes or ahead
-        )
+            workers, chunk = self.workers or min(12, os.cpu_count() or 4), self.chunk_bytes or 64 << 20
+            ahead = 2 * workers * chunk
+        in_place = device.platform != "cpu" if self.in_place is None else self.in_place
+        return LoadOptions(strategy, self.reader, workers, chunk, self.ahead_bytes or ahead, in_place)
 
 
 def load_arrays(
@@ -97,12 +99,11 @@ def load_arrays(
     `progress`: a bar on a terminal's stderr, or a function that is told each number of bytes as they arrive. Raises
     DS4Error for NaN or infinite values or scales. Device memory in use grows by the file's size, within 1 %.
     """
-    if not callable(progress):
-        if not progress:
-            return dict(iter_arrays(ckpt, device, options))
+    if progress and not callable(progress):
         with _bar(ckpt) as tell:
-            return dict(iter_arrays(ckpt, device, options, tell))
-    return dict(iter_arrays(ckpt, device, options, progress))
+            return load_arrays(ckpt, device, tell, options)
+    arrays = dict(_arrays(ckpt, device, options, progress or None, keep=True))
+    return {path: arrays[path] for path in ckpt.tensors}
 
 
 def iter_arrays(
@@ -115,6 +116,17 @@ def iter_arrays(
 
     Values are checked on the device without waiting for it: a damaged tensor raises some tensors after its own.
     """
+    return _arrays(ckpt, device, options, progress, keep=False)
+
+
+def _arrays(
+    ckpt: Checkpoint,
+    device: jax.Device | None,
+    options: LoadOptions | None,
+    progress: Callable[[int], None] | None,
+    keep: bool,
+) -> Iterator[tuple[str, Any]]:
+    """(path, array) one at a time: in the order of the file, or where all are kept, in the one that fills best."""
     device = device or jax.devices()[0]
     if ckpt.kind == "orbax":
         from ds4jax.weights import orbax
@@ -122,25 +134,60 @@ def iter_arrays(
         yield from orbax.iter_arrays([t for t in ckpt.tensors.values() if not t.pieces], device, progress)
     options = (options or LoadOptions()).resolve(device)
     jobs = [_plan(ckpt, info, options) for info in _in_file_order(ckpt)]
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    starts = sorted({chunk.start for job in jobs if job.filled for chunk in job.chunks})
+    # sent before the weights: later ones would queue behind them
+    start_of = {n: jax.device_put(np.int32(n), sharding) for n in starts}
+    true = jax.device_put(np.bool_(True), sharding)
     checks: collections.deque[tuple[TensorInfo, jax.Array]] = collections.deque()
-    with _Mover(device, options) as mover, _Compiler(device) as compiler:
-        for job in jobs:
-            if job.converted:
-                compiler.start(job)
-        for job, arrived in mover.stream(jobs, progress):
-            if not job.converted:
-                (array,) = arrived["data"]
+    places: dict[str, Any] = {}
+    with _Mover(device, options) as mover, _Compiler(sharding, jobs) as compiler:
+        if keep and options.in_place:
+            chunks = _allocating_first(jobs, compiler, places)
+        else:
+            chunks = ((job, chunk) for job in jobs for chunk in job.chunks)
+        for job, chunk, arrived in mover.stream(chunks, progress):
+            path = job.info.path
+            if job.finished:
+                array = arrived
             else:
-                array, good = compiler.result(job)(arrived)
+                if not job.filled:
+                    array, good = compiler.program(job)(arrived)
+                else:
+                    if chunk is job.chunks[0]:
+                        array, good = places.pop(path) if path in places else compiler.allocate(job), true
+                    array, good = compiler.program(job)(array, good, arrived, start_of[chunk.start])
+                    if chunk is not job.chunks[-1]:
+                        del arrived
+                        continue
                 good.copy_to_host_async()
                 checks.append((job.info, good))
             del arrived
-            yield job.info.path, array
+            yield path, array
             del array
             while checks and checks[0][1].is_ready():
                 _raise_if_bad(*checks.popleft())
     for check in checks:
         _raise_if_bad(*check)
+
+
+def _allocating_first(jobs: list[_Job], compiler: _Compiler, places: dict[str, Any]) -> Iterator[tuple[_Job, _Chunk]]:
+    """Chunks in an order for arrays that all stay: nothing is freed on the device before everything is allocated.
+
+    First what arrives finished, which needs no program. Then all other arrays get their `places`, and the tensors
+    whose programs are compiled go ahead of those that have to wait for theirs.
+    """
+    for job in jobs:
+        if not job.filled:
+            yield from ((job, chunk) for chunk in job.chunks)
+    waiting = [job for job in jobs if job.filled]
+    for job in waiting:
+        places[job.info.path] = compiler.allocate(job)
+    while waiting:
+        compiler.wait(waiting)
+        job = next(job for job in waiting if compiler.ready(job))
+        waiting.remove(job)
+        yield from ((job, chunk) for chunk in job.chunks)
 
 
 def stream_bytes(ckpt: Checkpoint, device: jax.Device, options: LoadOptions, limit: int | None = None) -> int:
@@ -151,10 +198,10 @@ def stream_bytes(ckpt: Checkpoint, device: jax.Device, options: LoadOptions, lim
     options, total, jobs = options.resolve(device), 0, []
     for info in _in_file_order(ckpt):
         if limit is None or total + info.nbytes <= limit:
-            jobs.append(_plan(ckpt, info, options, convert_all=True))
+            jobs.append(_plan(ckpt, info, options, raw=True))
             total += info.nbytes
     with _Mover(device, options) as mover:
-        for _, arrived in mover.stream(jobs, None):
+        for _, _, arrived in mover.stream(((job, chunk) for job in jobs for chunk in job.chunks), None):
             del arrived
     return total
 
@@ -170,50 +217,75 @@ def _in_file_order(ckpt: Checkpoint) -> list[TensorInfo]:
 # --- what travels -----------------------------------------------------------------------------------------------------
 
 
+Runs = list[tuple[MappedFile, int, int]]  # (file, offset, bytes) of bytes that are consecutive in a tensor's part
+
+
 @dataclasses.dataclass
 class _Chunk:
-    """Bytes that travel together: runs (file, offset, bytes) that are consecutive in the tensor."""
+    """Bytes that travel together: of every part of a tensor, those of the rows from `start` on.
 
-    runs: list[tuple[MappedFile, int, int]]
+    nbytes: of all parts. new: those that no chunk before this one brought.
+    """
+
+    start: int
+    parts: dict[str, Runs]
     nbytes: int
+    new: int
 
 
 @dataclasses.dataclass
 class _Job:
+    """A tensor's journey: `chunks` of `rows` rows each, which arrive
+
+    - `finished`: as the array itself (a plain tensor in one piece), else as bytes that are
+    - `filled`: written in place into an array that exists already, or
+    - neither: rearranged into a new array (one chunk).
+    """
+
     info: TensorInfo
-    chunks: dict[str, list[_Chunk]]
-    converted: bool  # arrives as bytes and is rearranged on the device; otherwise arrives as the finished array
+    chunks: list[_Chunk]
+    rows: int
+    finished: bool
+    filled: bool
     id_limit: int = 0
 
     @property
     def key(self) -> tuple:
-        """What a compiled rearrangement depends on."""
-        sizes = tuple((part, tuple(c.nbytes for c in chunks)) for part, chunks in self.chunks.items())
-        return self.info.format, self.info.shape, sizes
+        """What a compiled program depends on."""
+        return self.info.format, self.info.shape, self.rows, self.filled
 
 
-def _plan(ckpt: Checkpoint, info: TensorInfo, options: LoadOptions, convert_all: bool = False) -> _Job:
-    chunks = {part: _cut(pieces, options.chunk_bytes) for part, pieces in info.pieces.items()}
-    whole = info.plain and len(chunks["data"]) == 1
+def _plan(ckpt: Checkpoint, info: TensorInfo, options: LoadOptions, raw: bool = False) -> _Job:
+    """Chunks of about `chunk_bytes`, all of the same number of rows, so that they share one program.
+
+    Where that number does not divide the tensor, the last chunk begins early and brings a few rows a second time.
+    """
+    total = math.prod(info.shape[:-1])
+    sizes = {part: sum(piece.nbytes for piece in pieces) for part, pieces in info.pieces.items()}
     ids = info.format in ("I32", "I64")
-    if ids:  # small, and cast and checked on the host
-        chunks, whole = {part: _cut(pieces, 1 << 62) for part, pieces in info.pieces.items()}, True
-    if info.scale_dtype == "F32":
-        chunks["scale"] = _cut(info.pieces["scale"], 1 << 62)
-    return _Job(info, chunks, convert_all or not whole, ckpt.config.n_routed_experts if ids else 0)
+    # ids are small, and cast and checked on the host; FP8's scales stand for blocks of rows, and its tensors are small
+    limit = total if ids or info.format == "FP8_128" else max(1, options.chunk_bytes * total // sum(sizes.values()))
+    rows = -(-total // -(-total // limit))
+    chunks, done = [], 0
+    while done < total:
+        start = min(done, total - rows)
+        parts = {p: _runs(info.pieces[p], start * n // total, rows * n // total) for p, n in sizes.items()}
+        nbytes = sum(rows * n // total for n in sizes.values())
+        chunks.append(_Chunk(start, parts, nbytes, nbytes * (start + rows - done) // rows))
+        done = start + rows
+    finished = info.plain and len(chunks) == 1 and not raw
+    filled = not finished and (bool(options.in_place) or len(chunks) > 1)
+    return _Job(info, chunks, rows, finished, filled, ckpt.config.n_routed_experts if ids else 0)
 
 
-def _cut(pieces, limit: int) -> list[_Chunk]:
-    out = [_Chunk([], 0)]
+def _runs(pieces: tuple[Piece, ...], start: int, nbytes: int) -> Runs:
+    """Where in the files the bytes from `start` on of consecutive pieces are."""
+    out, end = [], start + nbytes
     for piece in pieces:
-        at, end = piece.offset, piece.offset + piece.nbytes
-        while at < end:
-            if out[-1].nbytes == limit:
-                out.append(_Chunk([], 0))
-            n = min(end - at, limit - out[-1].nbytes)
-            out[-1].runs.append((piece.file, at, n))
-            out[-1].nbytes += n
-            at += n
+        first, last = max(start, 0), min(end, piece.nbytes)
+        if first < last:
+            out.append((piece.file, piece.offset + first, last - first))
+        start, end = start - piece.nbytes, end - piece.nbytes
     return out
 
 
@@ -230,12 +302,11 @@ class _Mover:
         self.fds: dict[str, int] = {}
         self.lock = threading.Lock()
         self.local = threading.local()
-        self.pinned_sharding, self.ring = None, None
+        self.pinned_sharding = None
         self.strategy = self._choose()
 
     def _choose(self) -> str:
-        want = self.options.strategy
-        if want == "direct" or (want == "auto" and not self.gpu):
+        if self.options.strategy == "direct":
             return "direct"
         try:
             self.pinned_sharding = jax.sharding.SingleDeviceSharding(self.device, memory_kind="pinned_host")
@@ -244,15 +315,7 @@ class _Mover:
         except Exception as e:  # noqa: BLE001  (whatever a backend without this memory kind raises)
             log.warning("loading without pinned memory: %s", _first_line(e))
             return "direct"
-        if want == "pinned":
-            return "pinned"
-        try:
-            size = self.options.chunk_bytes
-            self.ring = _Ring(self.options.workers, size, self.sharding, self.pinned_sharding)
-            return "ring"
-        except Exception as e:  # noqa: BLE001
-            log.warning("loading without reusing pinned memory: %s", _first_line(e))
-            return "pinned"
+        return "pinned"
 
     def __enter__(self):
         self.pool = futures.ThreadPoolExecutor(self.options.workers, thread_name_prefix="ds4jax-load")
@@ -263,56 +326,56 @@ class _Mover:
         for fd in self.fds.values():
             os.close(fd)
 
-    def stream(self, jobs: list[_Job], progress: Callable[[int], None] | None) -> Iterator[tuple[_Job, dict]]:
-        """Yield (job, {part: arrays on the device}) in order."""
+    def stream(
+        self, chunks: Iterator[tuple[_Job, _Chunk]], progress: Callable[[int], None] | None
+    ) -> Iterator[tuple[_Job, _Chunk, Any]]:
+        """Yield (job, chunk, what arrived of it on the device) in order: {part: bytes}, or the finished array."""
         waiting: collections.deque = collections.deque()
-        under_way, todo = 0, iter(jobs)
-        upcoming = next(todo, None)
-        while waiting or upcoming is not None:
-            while upcoming is not None and (not waiting or under_way < self.options.ahead_bytes):
-                self._advise(upcoming)
-                tasks = {
-                    part: [self.pool.submit(self._move, upcoming, part, c) for c in chunks]
-                    for part, chunks in upcoming.chunks.items()
-                }
-                under_way += upcoming.info.nbytes
-                waiting.append((upcoming, tasks))
-                upcoming = next(todo, None)
-            job, tasks = waiting.popleft()
-            arrived: dict[str, list] = {}
-            for part, group in tasks.items():
-                arrived[part] = []
-                for task, chunk in zip(group, job.chunks[part], strict=True):
-                    arrived[part].append(task.result())
-                    if progress:
-                        progress(chunk.nbytes)
-            tasks.clear()
-            del group, task
-            yield job, arrived
-            del arrived
-            under_way -= job.info.nbytes
+        under_way, more = 0, True
+        while waiting or more:
+            while more and (not waiting or under_way < self.options.ahead_bytes):
+                job, chunk = next(chunks, (None, None))
+                if job is None:
+                    more = False
+                    break
+                self._advise(chunk)
+                waiting.append((job, chunk, self.pool.submit(self._move, job, chunk)))
+                under_way += chunk.nbytes
+            if waiting:
+                job, chunk, task = waiting.popleft()
+                arrived = task.result()
+                del task
+                if progress:
+                    progress(chunk.new)
+                yield job, chunk, arrived
+                del arrived
+                under_way -= chunk.nbytes
 
-    def _advise(self, job: _Job) -> None:
-        for chunks in job.chunks.values():
-            for chunk in chunks:
-                for file, offset, nbytes in chunk.runs:
-                    if nbytes >= 1 << 20:
-                        file.advise(getattr(mmap, "MADV_WILLNEED", 3), offset, nbytes)
+    def _advise(self, chunk: _Chunk) -> None:
+        """Let the kernel read ahead. By the file, not by its map: Python's `madvise` would stop all other threads."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        for runs in chunk.parts.values():
+            for file, offset, nbytes in runs:
+                if nbytes >= 1 << 20:
+                    with contextlib.suppress(OSError):
+                        os.posix_fadvise(self._fd(file), offset, nbytes, os.POSIX_FADV_WILLNEED)
 
-    def _move(self, job: _Job, part: str, chunk: _Chunk) -> jax.Array:
-        info = job.info
-        if not job.converted:
+    def _move(self, job: _Job, chunk: _Chunk) -> Any:
+        if job.finished:
             return self._move_plain(job, chunk)
+        return {part: self._move_bytes(job.info, part, runs) for part, runs in chunk.parts.items()}
+
+    def _move_bytes(self, info: TensorInfo, part: str, runs: Runs) -> jax.Array:
+        x = self._host(runs)
         if part == "scale" and info.scale_dtype == "F32":
-            return jax.device_put(e8m0_from_float32(self._host(chunk), info), self.sharding).block_until_ready()
-        if self.ring is not None and chunk.nbytes == self.ring.size:
-            return self.ring.move(lambda target: self._fill(chunk, target))
-        return self._put(self._host(chunk))
+            x = e8m0_from_float32(x, info)
+        return self._put(x)
 
     def _move_plain(self, job: _Job, chunk: _Chunk) -> jax.Array:
         """A plain tensor that travels in one piece arrives in its own dtype and shape, checked on the host."""
         info = job.info
-        x = self._host(chunk).view(info.part_dtype("data")).reshape(info.shape)
+        x = self._host(chunk.parts["data"]).view(info.part_dtype("data")).reshape(info.shape)
         if job.id_limit:
             if x.min() < 0 or x.max() >= job.id_limit:
                 raise DS4Error(
@@ -332,77 +395,44 @@ class _Mover:
             return jax.device_put(pinned, self.sharding).block_until_ready()
         return jax.device_put(x, self.sharding).block_until_ready()
 
-    def _host(self, chunk: _Chunk) -> np.ndarray:
-        """The chunk's bytes as one uint8 array: a view of the map where that is possible."""
-        if len(chunk.runs) == 1 and self.options.reader == "mmap":
-            file, offset, nbytes = chunk.runs[0]
+    def _host(self, runs: Runs) -> np.ndarray:
+        """The runs' bytes as one uint8 array: a view of the map where that is possible."""
+        if len(runs) == 1 and self.options.reader == "mmap":
+            file, offset, nbytes = runs[0]
             return file.view(offset, nbytes)
-        if self.gpu and chunk.nbytes <= self.options.chunk_bytes:
+        total = sum(nbytes for _, _, nbytes in runs)
+        if self.gpu and total <= self.options.chunk_bytes:
             # the GPU has its own copy once a transfer is done; elsewhere the array may go on using this memory
             scratch = getattr(self.local, "scratch", None)
             if scratch is None:
                 scratch = self.local.scratch = np.empty(self.options.chunk_bytes, np.uint8)
-            out = scratch[: chunk.nbytes]
+            out = scratch[:total]
         else:
-            out = np.empty(chunk.nbytes, np.uint8)
-        self._fill(chunk, out)
-        return out
-
-    def _fill(self, chunk: _Chunk, target: np.ndarray) -> None:
+            out = np.empty(total, np.uint8)
         at = 0
-        for file, offset, nbytes in chunk.runs:
-            part = target[at : at + nbytes]
+        for file, offset, nbytes in runs:
+            part = out[at : at + nbytes]
             if self.options.reader == "mmap":
                 np.copyto(part, file.view(offset, nbytes))
             else:
                 self._pread(file, offset, part)
             at += nbytes
+        return out
 
     def _pread(self, file: MappedFile, offset: int, target: np.ndarray) -> None:
-        key = str(file.path)
-        with self.lock:
-            if key not in self.fds:
-                self.fds[key] = os.open(key, os.O_RDONLY)
-        view, done = memoryview(target), 0
+        fd, view, done = self._fd(file), memoryview(target), 0
         while done < len(view):
-            n = os.preadv(self.fds[key], [view[done:]], offset + done)
+            n = os.preadv(fd, [view[done:]], offset + done)
             if n <= 0:
                 raise DS4Error(f"{file.path}: ended while it was being read; was it replaced? open it again")
             done += n
 
-
-class _Ring:
-    """Page-locked buffers of one size, refilled in place."""
-
-    def __init__(self, count: int, size: int, sharding, pinned_sharding):
-        self.size, self.sharding = size, sharding
-        probe = self._buffer(4096, pinned_sharding)
-        self._probe(*probe)
-        self.free: queue.Queue = queue.Queue()
-        for _ in range(count):
-            self.free.put(self._buffer(size, pinned_sharding))
-
-    @staticmethod
-    def _buffer(size: int, pinned_sharding) -> tuple[jax.Array, np.ndarray]:
-        array = jax.device_put(np.zeros(size, np.uint8), pinned_sharding).block_until_ready()
-        pointer = array.unsafe_buffer_pointer()
-        return array, np.ctypeslib.as_array(ctypes.cast(pointer, ctypes.POINTER(ctypes.c_uint8)), (size,))
-
-    def _probe(self, array: jax.Array, view: np.ndarray) -> None:
-        seen = []
-        for value in (17, 42):
-            view[...] = value
-            seen.append(jax.device_put(array, self.sharding).block_until_ready())
-        if not all((np.asarray(x) == v).all() for x, v in zip(seen, (17, 42), strict=True)):
-            raise RuntimeError("a transfer from pinned memory did not copy it")
-
-    def move(self, fill: Callable[[np.ndarray], None]) -> jax.Array:
-        array, view = self.free.get()
-        try:
-            fill(view)
-            return jax.device_put(array, self.sharding).block_until_ready()
-        finally:
-            self.free.put((array, view))
+    def _fd(self, file: MappedFile) -> int:
+        key = str(file.path)
+        with self.lock:
+            if key not in self.fds:
+                self.fds[key] = os.open(key, os.O_RDONLY)
+            return self.fds[key]
 
 
 def _first_line(e: Exception) -> str:
@@ -413,12 +443,22 @@ def _first_line(e: Exception) -> str:
 
 
 class _Compiler:
-    """Compiles each distinct rearrangement in the background, while bytes travel."""
+    """Compiles each distinct program in the background, while bytes travel: those with most bytes to wait first."""
 
-    def __init__(self, device: jax.Device):
-        self.sharding = jax.sharding.SingleDeviceSharding(device)
-        self.pool = futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="ds4jax-compile")
-        self.compiled: dict[tuple, futures.Future] = {}
+    def __init__(self, sharding, jobs: list[_Job]):
+        self.sharding = sharding
+        self.pool = futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="ds4jax-compile")
+        sizes: collections.Counter = collections.Counter()
+        for job in jobs:
+            if not job.finished:
+                sizes[job.key] += job.info.nbytes
+        keys = [key for key, _ in sizes.most_common()]
+        self.allocators = {
+            (format, shape): self.pool.submit(_allocator, sharding, format, shape)
+            for format, shape, _, filled in keys
+            if filled
+        }
+        self.programs = {key: self.pool.submit(_program, sharding, *key) for key in keys}
 
     def __enter__(self):
         return self
@@ -426,43 +466,90 @@ class _Compiler:
     def __exit__(self, *_):
         self.pool.shutdown(wait=True, cancel_futures=True)
 
-    def start(self, job: _Job) -> None:
-        if job.key not in self.compiled:
-            self.compiled[job.key] = self.pool.submit(self._compile, job)
+    def ready(self, job: _Job) -> bool:
+        return self.programs[job.key].done()
 
-    def result(self, job: _Job) -> Callable:
-        return self.compiled[job.key].result()
+    def wait(self, jobs: list[_Job]) -> None:
+        """Until at least one of the jobs is ready."""
+        futures.wait([self.programs[job.key] for job in jobs], return_when=futures.FIRST_COMPLETED)
 
-    def _compile(self, job: _Job):
-        info, parts = job.info, []
-        for part, chunks in job.chunks.items():
-            # scales that were float32 in the file arrive as one byte each
-            divisor = info.part_dtype(part).itemsize if part == "scale" else 1
-            parts.append((part, tuple(c.nbytes // divisor for c in chunks), info.part_shape(part)))
-        return _compiled(self.sharding, info.format, info.shape, tuple(parts))
+    def program(self, job: _Job) -> Callable:
+        return self.programs[job.key].result()
+
+    def allocate(self, job: _Job) -> Any:
+        return self.allocators[job.info.format, job.info.shape].result()()
+
+
+# Compiled programs are kept for the next load of such a file.
 
 
 @functools.lru_cache(maxsize=256)
-def _compiled(sharding, format: str, shape: tuple[int, ...], parts: tuple) -> Callable:
-    """`rearrange` compiled for parts (name, bytes of each chunk, shape); kept for the next load of such a file."""
-    chunk = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.uint8, sharding=sharding)
-    specs = {part: [chunk((n,)) for n in sizes] for part, sizes, _ in parts}
-    part_shapes = {part: part_shape for part, _, part_shape in parts}
-    work = functools.partial(rearrange, format=format, shape=shape, part_shapes=part_shapes)
-    return jax.jit(work).lower(specs).compile()
+def _allocator(sharding, format: str, shape: tuple[int, ...]) -> Callable:
+    """A function that allocates a tensor's array on the device."""
+    (array, _) = _outputs(format, shape)
+    return (
+        jax.jit(lambda: jax.tree.map(lambda a: _empty(a.shape, a.dtype), array), out_shardings=sharding)
+        .lower()
+        .compile()
+    )
 
 
-def rearrange(
-    parts: dict[str, list[jax.Array]], *, format: str, shape: tuple[int, ...], part_shapes
-) -> tuple[Any, Any]:
-    """A tensor's raw bytes in chunks -> (array, whether all its scales, or all its values if plain, are finite)."""
-    raw = {part: jnp.concatenate(chunks) if len(chunks) > 1 else chunks[0] for part, chunks in parts.items()}
+def _empty(shape: tuple[int, ...], dtype) -> jax.Array:
+    """An array whose contents do not matter, without a kernel where JAX can do that."""
+    return jax.lax.empty(shape, dtype) if hasattr(jax.lax, "empty") else jnp.zeros(shape, dtype)
+
+
+@functools.lru_cache(maxsize=256)
+def _program(sharding, format: str, shape: tuple[int, ...], rows: int, filled: bool) -> Callable:
+    start = time.perf_counter()
+    fn, specs = _traceable(sharding, format, shape, rows, filled)
+    program = fn.lower(*specs).compile()
+    log.debug("compiled %s%s by %d rows in %.2f s", format, list(shape), rows, time.perf_counter() - start)
+    return program
+
+
+def _traceable(sharding, format: str, shape: tuple[int, ...], rows: int, filled: bool) -> tuple[Any, tuple]:
+    """(jitted `fill` or `rearrange`, its abstract arguments) for chunks of `rows` rows of a tensor."""
+    whole = rows == math.prod(shape[:-1])
+    chunk = shape if whole else (rows, shape[-1])
+    on_device = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
+    raw = {part: on_device((n,), jnp.uint8) for part, n in _raw_sizes(format, chunk).items()}
+    if not filled:
+        return jax.jit(functools.partial(rearrange, format=format, shape=shape)), (raw,)
+    array, good = jax.tree.map(lambda a: on_device(a.shape, a.dtype), _outputs(format, shape))
+    fn = jax.jit(functools.partial(fill, format=format, shape=chunk), donate_argnums=0)
+    return fn, (array, good, raw, on_device((), jnp.int32))
+
+
+def _outputs(format: str, shape: tuple[int, ...]) -> Any:
+    raw = {part: jax.ShapeDtypeStruct((n,), jnp.uint8) for part, n in _raw_sizes(format, shape).items()}
+    return jax.eval_shape(functools.partial(rearrange, format=format, shape=shape), raw)
+
+
+def _raw_sizes(format: str, shape: tuple[int, ...]) -> dict[str, int]:
+    """Bytes of each part of a tensor as they arrive on the device."""
+    rows, n = math.prod(shape[:-1]), shape[-1]
+    if format == "FP8_128":
+        return {"weight": rows * n, "scale": math.prod(_fp8_scale_shape(shape))}
+    if format == "FP4_32":
+        return {"weight": rows * n // 2, "scale": rows * n // 32}
+    return {"data": rows * quant.FORMATS[format].row_bytes(n)}
+
+
+def _fp8_scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    *lead, rows, n = shape
+    return (*lead, -(-rows // 128), -(-n // 128))
+
+
+def rearrange(raw: dict[str, jax.Array], *, format: str, shape: tuple[int, ...]) -> tuple[Any, jax.Array]:
+    """The raw bytes of each part -> (array, whether all its scales, or all its values if plain, are finite)."""
     if "weight" in raw:
-        weight, scale = (raw[part].reshape(part_shapes[part]) for part in ("weight", "scale"))
-        good = jnp.all(scale != 255)
+        good = jnp.all(raw["scale"] != 255)
         if format == "FP8_128":
+            weight, scale = raw["weight"].reshape(shape), raw["scale"].reshape(_fp8_scale_shape(shape))
             return quant.fp8(weight, scale), good & jnp.all((weight & 127) != 127)
-        return quant.fp4(weight, scale), good
+        *lead, n = shape
+        return quant.fp4(raw["weight"].reshape(*lead, n // 2), raw["scale"].reshape(*lead, n // 32)), good
     array = quant.from_blocks(raw["data"], format, shape)
     if format in _INFINITE:
         return array, jnp.all(jnp.isfinite(array))
@@ -473,6 +560,23 @@ def rearrange(
     if format == "MXFP4":
         good &= jnp.all(array.parts["scales"] != 255)
     return array, good
+
+
+def fill(
+    array: Any, good: jax.Array, raw: dict[str, jax.Array], start: jax.Array, *, format: str, shape: tuple[int, ...]
+) -> tuple[Any, jax.Array]:
+    """`rearrange` a chunk of whole rows, of this shape, into its place in `array`, counted in rows of the last axis.
+
+    Returns (array, `good` and whether all that came is finite). With `array` donated, XLA writes in place.
+    """
+    rows, finite_rows = rearrange(raw, format=format, shape=shape)
+
+    def put(old: jax.Array, new: jax.Array) -> jax.Array:
+        width = old.shape[-1]
+        flat = jax.lax.dynamic_update_slice(old.reshape(-1, width), new.reshape(-1, width), (start, jnp.int32(0)))
+        return flat.reshape(old.shape)
+
+    return jax.tree.map(put, array, rows), good & finite_rows
 
 
 def finite(x: np.ndarray, format: str) -> bool:

@@ -1,8 +1,10 @@
+import dataclasses
 import logging
 import threading
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -10,6 +12,8 @@ from ds4jax import quant
 from ds4jax.errors import DS4Error
 from ds4jax.weights import LoadOptions, iter_arrays, load_arrays, open_checkpoint, write_gguf
 from ds4jax.weights import load as loading
+from ds4jax.weights.checkpoint import Checkpoint
+from ds4jax.weights.files import MappedFile, Piece, TensorInfo
 from tests.weights.conftest import assert_same_bits, make_config, random_tensor, random_tensors
 
 PACKED = sorted(name for name, f in quant.FORMATS.items() if f.fields)
@@ -34,9 +38,9 @@ VARIANTS = [
     LoadOptions("direct", "mmap", 1, 65_536),
     LoadOptions("direct", "pread", 3, 65_536, 50_000),
     LoadOptions("pinned", "mmap", 3, 65_536, 50_000),
-    LoadOptions("pinned", "pread", 2, 1 << 20),
-    LoadOptions("ring", "pread", 3, 65_536, 200_000),
-    LoadOptions("ring", "mmap", 2, 20_480),
+    LoadOptions("pinned", "pread", 2, 65_536),
+    LoadOptions("direct", "mmap", 2, 65_536, 50_000, in_place=True),
+    LoadOptions("pinned", "pread", 3, 65_536, 200_000, in_place=True),
 ]
 
 
@@ -49,35 +53,136 @@ def one_layer(tmp_path_factory):
     return path, tensors
 
 
-@pytest.mark.parametrize("options", VARIANTS, ids=lambda o: f"{o.strategy}-{o.reader}-{o.chunk_bytes}")
+@pytest.mark.parametrize("options", VARIANTS, ids=lambda o: f"{o.strategy}-{o.reader}-{o.chunk_bytes}-{o.in_place}")
 def test_every_way_of_moving_gives_the_files_bits(one_layer, options):
     path, tensors = one_layer
     with open_checkpoint(path) as ckpt:
         assert_loaded(load_arrays(ckpt, progress=False, options=options), tensors)
 
 
-def test_every_format_and_memory_held(tmp_path):
-    """All formats in one file; the arrays hold as many bytes as the file's tensors, within 1 %."""
-    config = make_config(num_hidden_layers=len(PACKED), compress_ratios=(0,) * len(PACKED), num_nextn_predict_layers=0,
-                         num_hash_layers=0)  # fmt: skip
-    rng, tensors = np.random.default_rng(0), random_tensors(config)
-    for n, format in enumerate(PACKED):
-        path = f"layers.{n}.ffn.experts.w1"
-        tensors[path] = (format, random_tensor(rng, format, (3, 256, 256)))
-    write_gguf(tmp_path / "a.gguf", config, tensors)
-    ckpt = open_checkpoint(tmp_path / "a.gguf")
+def checkpoint_of(path: Path, tensors: dict[str, tuple[str, np.ndarray]]) -> Checkpoint:
+    """An open checkpoint with just these tensors, in a file that is nothing but their bytes."""
+    path.write_bytes(b"".join(np.ascontiguousarray(raw).tobytes() for _, raw in tensors.values()))
+    file, infos, at = MappedFile(path), {}, 0
+    for name, (format, raw) in tensors.items():
+        fmt, pieces = quant.FORMATS[format], {"data": (Piece(file, at, raw.nbytes),)}
+        shape = (*raw.shape[:-1], raw.shape[-1] // fmt.bytes * fmt.block if fmt.packed else raw.shape[-1])
+        infos[name] = TensorInfo(name, name, format, shape, raw.nbytes, str(path), pieces)
+        at += raw.nbytes
+    return Checkpoint("gguf", path, make_config(), {}, infos, None, [file])
+
+
+@pytest.fixture(scope="module")
+def every_format(tmp_path_factory):
+    """(checkpoint, tensors): all block formats and plain formats."""
+    rng = np.random.default_rng(0)
+    tensors = {
+        format: (format, random_tensor(rng, format, (3, 256, 256))) for format in [*PACKED, "F16", "F32", "BF16"]
+    }
+    return checkpoint_of(tmp_path_factory.mktemp("load") / "formats.gguf", tensors), tensors
+
+
+def test_every_format_and_memory_held(every_format):
+    """The arrays hold as many bytes as the file's tensors, within 1 %."""
+    ckpt, tensors = every_format
     arrays = load_arrays(ckpt, progress=False)
     assert_loaded(arrays, tensors)
     held = sum(x.nbytes for x in jax.tree.leaves(arrays))
     assert ckpt.nbytes <= held <= 1.01 * ckpt.nbytes
 
 
-def test_hub_experts_in_small_chunks(small_hub):
-    want = load_arrays(open_checkpoint(small_hub), progress=False)
-    got = load_arrays(open_checkpoint(small_hub), progress=False, options=LoadOptions("ring", "pread", 2, 40_960))
+# --- arrays allocated first and filled in place -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Memory for arrays comes full of ones, so that a row which nobody writes shows."""
+
+    def allocator(sharding, format, shape):
+        array, _ = loading._outputs(format, shape)
+        ones = [
+            np.full((*a.shape[:-1], a.shape[-1] * a.dtype.itemsize), 0xFF, np.uint8) for a in jax.tree.leaves(array)
+        ]
+        dtypes = [a.dtype for a in jax.tree.leaves(array)]
+        return lambda: jax.tree.unflatten(
+            jax.tree.structure(array), [jnp.array(x.view(d)) for x, d in zip(ones, dtypes, strict=True)]
+        )
+
+    monkeypatch.setattr(loading, "_allocator", allocator)
+
+
+FEW = ("IQ2_XXS", "Q4_K", "F16")
+
+
+def part_of(ckpt: Checkpoint, tensors: dict, *names: str) -> tuple[Checkpoint, dict]:
+    some = dataclasses.replace(ckpt, tensors={name: ckpt.tensors[name] for name in names})
+    return some, {name: tensors[name] for name in names}
+
+
+@pytest.mark.parametrize("chunk", [1, 11_000, 45_000, 0], ids=["rows", "some", "many", "whole"])
+def test_filled_in_place(poisoned, every_format, chunk):
+    """Chunks smaller than a row, of numbers of rows that do and do not divide the tensor's, and of all rows."""
+    ckpt, tensors = every_format
+    if chunk != 45_000:  # that one shows that every format is filled well; the others, that chunks fit together
+        ckpt, tensors = part_of(ckpt, tensors, *FEW)
+    options, seen = LoadOptions(chunk_bytes=chunk, in_place=True), []
+    assert_loaded(load_arrays(ckpt, progress=seen.append, options=options), tensors)
+    assert sum(seen) == ckpt.nbytes and max(seen) <= max(chunk or 1 << 40, 1024)
+    plans = [loading._plan(ckpt, info, options.resolve(jax.devices()[0])) for info in ckpt.tensors.values()]
+    assert any(768 % plan.rows for plan in plans) == (chunk in (11_000, 45_000))
+
+
+def test_hub_filled_in_place(poisoned, small_hub):
+    ckpt = open_checkpoint(small_hub)
+    want = load_arrays(ckpt, progress=False)
+    got = load_arrays(ckpt, progress=False, options=LoadOptions("pinned", "pread", 2, 40_960, in_place=True))
     for p in want:
         for a, b in zip(jax.tree.leaves(got[p]), jax.tree.leaves(want[p]), strict=True):
             assert_same_bits(a, b)
+
+
+@pytest.mark.parametrize("format", ["IQ2_XXS", "Q2_K", "Q8_0", "F16"])
+def test_filling_copies_no_array(format):
+    """The compiled program writes into the memory it was given."""
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    fn, specs = loading._traceable(sharding, format, (4, 64, 1024), 48, True)
+    memory = fn.lower(*specs).compile().memory_analysis()
+    size = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(specs[0]))
+    assert memory.alias_size_in_bytes >= size and memory.temp_size_in_bytes < size // 3
+
+
+@pytest.fixture
+def events(monkeypatch):
+    """What happens during a load: "allocate" an array, "move" raw bytes."""
+    seen = []
+
+    def recording(real, event):
+        def call(self, *args):
+            seen.append(event)
+            return real(self, *args)
+
+        return call
+
+    for where, name in ((loading._Compiler, "allocate"), (loading._Mover, "_move_bytes")):
+        monkeypatch.setattr(where, name, recording(getattr(where, name), "move" if "move" in name else name))
+    return seen
+
+
+def test_everything_is_allocated_before_raw_bytes_arrive(every_format, events):
+    ckpt, _ = part_of(*every_format, *FEW)
+    load_arrays(ckpt, progress=False, options=LoadOptions(chunk_bytes=11_000, in_place=True))
+    first, allocated = events.index("move"), events.count("allocate")
+    assert allocated == len(FEW) and events[:first] == ["allocate"] * allocated
+
+
+def test_one_at_a_time_allocates_one_at_a_time(every_format, events):
+    ckpt, _ = part_of(*every_format, *FEW)
+    options = LoadOptions(chunk_bytes=11_000, in_place=True)
+    for n, _ in enumerate(iter_arrays(ckpt, options=options)):
+        assert events.count("allocate") <= n + 1
+
+
+# --- moving -----------------------------------------------------------------------------------------------------------
 
 
 def test_arrays_do_not_alias_the_file(tmp_path, one_layer):
@@ -91,14 +196,22 @@ def test_arrays_do_not_alias_the_file(tmp_path, one_layer):
 
 def test_progress_tells_every_byte(one_layer):
     ckpt, seen = open_checkpoint(one_layer[0]), []
-    load_arrays(ckpt, progress=seen.append, options=LoadOptions(chunk_bytes=16_384))
-    assert sum(seen) == ckpt.nbytes and max(seen) <= 16_384
+    load_arrays(ckpt, progress=seen.append, options=LoadOptions(chunk_bytes=65_536))
+    assert sum(seen) == ckpt.nbytes and max(seen) <= 65_536
 
 
-def test_stopping_early_leaves_no_threads_waiting(one_layer):
-    stream = iter_arrays(open_checkpoint(one_layer[0]), options=LoadOptions("ring", "pread", 2, 8192, 20_000))
+def loading_threads() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name.startswith("ds4jax")]
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_stopping_early_leaves_no_threads(one_layer, in_place):
+    options = LoadOptions("pinned", "pread", 2, 65_536, 20_000, in_place)
+    stream = iter_arrays(open_checkpoint(one_layer[0]), options=options)
     next(stream)
+    assert loading_threads()
     stream.close()
+    assert not loading_threads()
 
 
 def test_transfer_alone(one_layer):
@@ -118,23 +231,11 @@ def test_unpinnable_memory_falls_back_with_a_reason(one_layer, monkeypatch, capl
     monkeypatch.setattr(jax.sharding, "SingleDeviceSharding", without_kinds)
     path, tensors = one_layer
     with caplog.at_level(logging.WARNING):
-        arrays = load_arrays(open_checkpoint(path), progress=False, options=LoadOptions("ring", chunk_bytes=65_536))
+        arrays = load_arrays(open_checkpoint(path), progress=False, options=LoadOptions("pinned", chunk_bytes=65_536))
     assert_loaded(arrays, tensors)
     assert [r.getMessage() for r in caplog.records] == [
         "loading without pinned memory: Could not find memory kind pinned_host"
     ]
-
-
-def test_ring_that_aliases_falls_back_to_pinned(one_layer, monkeypatch, caplog):
-    def fail(*_):
-        raise RuntimeError("a transfer from pinned memory did not copy it")
-
-    monkeypatch.setattr(loading._Ring, "_probe", fail)
-    path, tensors = one_layer
-    with caplog.at_level(logging.WARNING):
-        arrays = load_arrays(open_checkpoint(path), progress=False, options=LoadOptions("ring", chunk_bytes=65_536))
-    assert_loaded(arrays, tensors)
-    assert "did not copy" in caplog.text
 
 
 def test_unknown_options():
@@ -147,47 +248,46 @@ def test_unknown_options():
 # --- damaged values ---------------------------------------------------------------------------------------------------
 
 
-def _poison_block(format: str, raw: np.ndarray, field: str) -> np.ndarray:
-    """A copy whose last block's scale is NaN."""
+def _poison_block(format: str, raw: np.ndarray, field: str, block: int) -> np.ndarray:
+    """A copy in which one block's scale is NaN."""
     fmt, raw = quant.FORMATS[format], raw.copy()
     blocks = raw.reshape(-1, fmt.bytes)
     at = 0
     for name, size in fmt.fields:
         if name == field:
             value = [0xFF] if format == "MXFP4" else [0x00, 0x7E]
-            blocks[-1, at : at + len(value)] = value
+            blocks[block, at : at + len(value)] = value
         at += size
     return raw
 
 
-@pytest.mark.parametrize("format", PACKED)
-def test_nan_scales(tmp_path, format):
-    config = make_config(num_hidden_layers=1, compress_ratios=(0,), num_nextn_predict_layers=0, vocab_size=16)
-    tensors = random_tensors(config)
-    name = "layers.0.ffn.experts.w2"
+@pytest.mark.parametrize(
+    "format, in_place", [*((format, False) for format in PACKED), ("Q2_K", True), ("Q8_0", True), ("MXFP4", True)]
+)
+def test_nan_scales(tmp_path, format, in_place):
+    good = random_tensor(np.random.default_rng(0), format, (3, 256, 256))
+    options = LoadOptions(chunk_bytes=45_000 if in_place else 0, in_place=in_place)
     for field in ("d", "dmin", "scales"):
         fields = dict(quant.FORMATS[format].fields)
         if field not in fields or (field == "scales" and format != "MXFP4"):
             continue
-        good = random_tensor(np.random.default_rng(0), format, (3, 256, 256))
-        tensors[name] = (format, _poison_block(format, good, field))
-        write_gguf(tmp_path / "nan.gguf", config, tensors, overwrite=True)
-        with pytest.raises(DS4Error, match="blk.0.ffn_down_exps.weight holds NaN scales; the file is damaged") as e:
-            load_arrays(open_checkpoint(tmp_path / "nan.gguf"), progress=False)
-        assert "nan.gguf" in str(e.value)
+        bad = _poison_block(format, good, field, block=700 if in_place else -1)
+        ckpt = checkpoint_of(tmp_path / f"nan-{field}.gguf", {"good": (format, good), "bad": (format, bad)})
+        with pytest.raises(DS4Error, match=f"nan-{field}.gguf: bad holds NaN scales; the file is damaged"):
+            load_arrays(ckpt, progress=False, options=options)
 
 
-@pytest.mark.parametrize("chunk", [0, 4096])
+@pytest.mark.parametrize("chunk, in_place", [(0, False), (4096, True)])
 @pytest.mark.parametrize("format, value", [("F32", np.nan), ("F32", -np.inf), ("F16", np.inf), ("BF16", np.nan)])
-def test_values_that_are_not_finite(tmp_path, format, value, chunk):
-    config = make_config(num_hidden_layers=1, compress_ratios=(0,), num_nextn_predict_layers=0, vocab_size=16)
-    tensors = random_tensors(config)
+def test_values_that_are_not_finite(tmp_path, format, value, chunk, in_place):
     raw = random_tensor(np.random.default_rng(0), format, (32, 256))
+    ckpt = checkpoint_of(tmp_path / "finite.gguf", {"a": (format, raw)})
+    options = LoadOptions(chunk_bytes=chunk, in_place=in_place)
+    assert_loaded(load_arrays(ckpt, progress=False, options=options), {"a": (format, raw)})
     raw[-1, -1] = value
-    tensors["layers.0.attn.wq_a.weight"] = (format, raw)
-    write_gguf(tmp_path / "inf.gguf", config, tensors)
-    with pytest.raises(DS4Error, match="blk.0.attn_q_a.weight holds NaN or infinite values"):
-        load_arrays(open_checkpoint(tmp_path / "inf.gguf"), progress=False, options=LoadOptions(chunk_bytes=chunk))
+    with pytest.raises(DS4Error, match="inf.gguf: a holds NaN or infinite values"):
+        ckpt = checkpoint_of(tmp_path / "inf.gguf", {"a": (format, raw)})
+        load_arrays(ckpt, progress=False, options=options)
 
 
 @pytest.mark.parametrize("bad", [-1, 3])
@@ -214,18 +314,20 @@ def test_nan_in_hub_blocks(tmp_path, config, part):
         load_arrays(open_checkpoint(tmp_path / "h"), progress=False)
 
 
-def test_file_that_shrinks_while_it_is_read(tmp_path, one_layer):
+@pytest.mark.parametrize("in_place", [False, True])
+def test_file_that_shrinks_while_it_is_read(tmp_path, one_layer, in_place):
     path = tmp_path / "shrinks.gguf"
     path.write_bytes(one_layer[0].read_bytes())
     ckpt = open_checkpoint(path)
     with open(path, "r+b") as f:
         f.truncate(path.stat().st_size // 2)
     with pytest.raises(DS4Error, match="shrinks.gguf: ended while it was being read"):
-        load_arrays(ckpt, progress=False, options=LoadOptions("pinned", "pread", 1, 4096))
+        load_arrays(ckpt, progress=False, options=LoadOptions("pinned", "pread", 1, 65_536, in_place=in_place))
+    assert not loading_threads()
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the process's own memory from /proc")
-@pytest.mark.parametrize("strategy", ["direct", "ring"])
+@pytest.mark.parametrize("strategy", ["direct", "pinned"])
 def test_host_memory_stays_far_below_the_file(mini_gguf, strategy):
     """Moving 140 MB in chunks of 4 MiB, 16 MiB ahead, on a host that is its own device: what both hold together."""
 
