@@ -12,6 +12,7 @@ import typer
 
 from ds4jax.cli import console
 from ds4jax.cli.batch import batch
+from ds4jax.cli.bench import bench
 from ds4jax.cli.capture import capture
 from ds4jax.cli.chat import chat
 from ds4jax.cli.convert import convert
@@ -20,7 +21,7 @@ from ds4jax.cli.inspect import inspect
 from ds4jax.cli.steer import steer
 from ds4jax.errors import DS4Error
 
-COMMANDS = (generate, chat, batch, inspect, convert, capture)
+COMMANDS = (generate, chat, batch, inspect, convert, capture, bench)
 
 TRACEBACK = "DS4JAX_TRACEBACK"  # environment variable: let unexpected errors through
 
@@ -60,6 +61,7 @@ def program(
       ds4jax convert model.gguf model.orbax        keep the packed weights as an orbax checkpoint
       ds4jax capture nano --list                   the activations that can be read and changed
       ds4jax steer build nano a.txt b.txt -o d.gguf    a direction from pairs of prompts
+      ds4jax bench model.gguf                      how fast it runs here
 
     \b
     MODEL is a GGUF file (or the first of a split), a checkpoint's folder from the hub, a folder that

@@ -1,0 +1,56 @@
+"""Measurements: what they count, and that they run."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ds4jax import quant
+from ds4jax.cli.bench import plot
+from ds4jax.errors import DS4Error
+from ds4jax.runtime import bench
+from ds4jax.weights import synthetic
+
+
+def test_products_are_what_a_token_of_flash_reads():
+    config = synthetic.flash_config()
+    rows = {p.name: p.nbytes(config, 1) * p.per_token / 1e9 for p in bench.products(config, ("IQ2_XXS", "Q2_K"))}
+    attention = sum(rows[n] for n in ("wq_a", "wq_b", "wkv", "wo_a", "wo_b"))
+    assert attention == pytest.approx(4.89, rel=0.01)
+    assert rows["shared w1, w3"] + rows["shared w2"] == pytest.approx(1.15, rel=0.01)
+    assert rows["experts gate, up"] + rows["experts down"] == pytest.approx(1.83, rel=0.01)
+    assert rows["head"] == pytest.approx(0.56, rel=0.01)
+
+
+def test_many_tokens_meet_most_experts():
+    config = synthetic.flash_config()
+    (down,) = [p for p in bench.products(config, ("Q4_K", "Q4_K")) if p.kind == "down"]
+    whole = 256 * 4096 * 2048 * 144 // 256
+    assert down.nbytes(config, 1) == whole * 6 // 256
+    assert 0.75 * whole < down.nbytes(config, 64) < 0.85 * whole
+
+
+@pytest.mark.parametrize("name", [n for n, f in quant.FORMATS.items() if f.packed])
+def test_random_weights_are_finite_and_small(name):
+    import jax
+
+    w = bench.random_weight(jax.random.key(0), name, (8, 512))
+    values = np.asarray(quant.dequantize(w))
+    assert w.shape == (8, 512) and np.isfinite(values).all()
+    assert 1e-4 < values.std() < 1
+
+
+def test_seconds_and_chain():
+    x, weights = jnp.ones((2, 256), jnp.bfloat16), bench.distinct("Q8_0", (4, 256), total=1)
+    assert len(weights) == 2
+    assert 0 < bench.op_seconds(quant.matmul, x, weights, turns=2) < 10
+
+
+def test_plot():
+    rates = [
+        dict(context=c, slots=s, prefill_tokens_per_s=1e3 / s, decode_tokens_per_s=30.0 * s)
+        for c, s in ((2048, 1), (4096, 1), (1024, 64))
+    ]
+    svg = plot(dict(device="some GPU", rates=rates))
+    assert svg.startswith("<svg") and svg.count("<circle") == 4 and ">4096<" in svg and ">1024<" not in svg
+    with pytest.raises(DS4Error, match="nothing to plot"):
+        plot(dict(device="some GPU", rates=[]))
