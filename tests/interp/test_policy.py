@@ -180,3 +180,22 @@ def test_nano_calls_tools_under_strong_steering():
     final = Steering(d, scale=12, policy="final-answer")
     steered = lm.generate("Once upon a time", temperature=0, max_tokens=20, steering=final)
     assert story.tokens != steered.tokens
+
+
+@pytest.mark.full
+def test_a_conversation_is_steered_from_its_beginning(lm, direction):
+    """A prompt's cache is only used again under the steering it was computed with."""
+    ask = [{"role": "user", "content": "the cat"}]
+    options = dict(max_tokens=6, temperature=0)
+    steered = steering(direction, "always", "layers.0.ffn_out", 4.0)
+    session = lm.session()
+
+    def turn(**more):
+        return list(session.generate(ask, **options, **more))[-1].output.tokens
+
+    assert turn(steering=steered) == lm.generate(ask, steering=steered, **options).tokens
+    assert turn() == lm.generate(ask, **options).tokens
+    before = session.prefix.tokens
+    final = steered.with_policy("final-answer")
+    assert turn(steering=final) == lm.generate(ask, steering=final, **options).tokens
+    assert session.prefix.tokens == before
