@@ -59,6 +59,9 @@ def build(
     suffix = Path(out).suffix
     if suffix not in (".f32", ".gguf", ".safetensors"):
         raise DS4Error(f"{out}: name it .f32 (ds4), .gguf (llama.cpp) or .safetensors")
+    fitting = {".f32": ("ffn_out", "attn_out"), ".gguf": ("streams_out",)}.get(suffix)
+    if site is not None and fitting and not site.endswith(fitting):
+        raise DS4Error(f"{out}: {suffix} files hold directions of {' or '.join(fitting)}; name it .safetensors")
     where: int | str = int(position) if re.fullmatch(r"-?\d+", position) else position
     options.model_path(model)
     from ds4jax.interp.build import build_directions

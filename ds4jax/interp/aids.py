@@ -348,9 +348,7 @@ def report(lm, prompt, path, *, layers: Sequence[int] | None = None) -> None:
     for s in range(lm.config.hc_mult):
         page.figure(lens.figure(s), f"Stream {s} alone.")
     page.heading("What decides the next token")
-    page.figure(
-        attribution.figure(), "Each sublayer's share of the likeliest token's logit: the bars sum to it."
-    )
+    page.figure(attribution.figure(), "Each sublayer's share of the likeliest token's logit: the bars sum to it.")
     page.heading("Who computes")
     page.figure(expert_use(lm, prompt).figure(), "1: as often as every other expert.")
     with_indexer = [i for i in range(lm.config.num_hidden_layers) if lm.config.ratio(i) == 4]

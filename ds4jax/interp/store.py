@@ -140,6 +140,7 @@ def _write_shard(folder: Path, items: list[tuple[int, dict[str, np.ndarray]]], *
     save_file(tensors, part, metadata)
     with open(part, "rb+") as f:
         os.fsync(f.fileno())
+    part.chmod((folder / REQUEST).stat().st_mode & 0o777)  # safetensors makes files for their owner alone
     os.replace(part, path)
 
 

@@ -45,6 +45,7 @@ def test_mistakes(capsys, random_gguf, tmp_path):
         (["steer", "build", model, two, one, "-o", out], "must be pairs"),
         (["steer", "build", model, two, empty, "-o", out], "holds no prompt"),
         (["steer", "build", model, two, two, "-o", "x.bin"], ".safetensors"),
+        (["steer", "build", model, two, two, "-o", out, "--site", "layers.1.streams_out"], "name it .safetensors"),
         (["steer", "sweep", model, two, "-p", "x"], "are in .f32"),
         (["steer", "sweep", model, two], "no prompt"),
         (["steer", "sweep", model, two, "-p", "x", "--scales", "a"], "--scales"),

@@ -43,6 +43,7 @@ def test_a_folder_holds_what_memory_would(lm, prompts, wanted, tmp_path):
     check(done, wanted)
     files = sorted(p.name for p in (tmp_path / "a").iterdir())
     assert files[:2] == ["index.json", "request.json"] and len(files) > 4
+    assert len({p.stat().st_mode for p in (tmp_path / "a").iterdir()}) == 1
     index = json.loads((tmp_path / "a" / "index.json").read_text())
     assert index["prompts"] == 13 and sorted(index["shards"]) == files[2:]
     check(lm.capture(prompts, SITES, batch_size=4, out=tmp_path / "a", shard_bytes=20_000), wanted)  # nothing to do
