@@ -114,6 +114,7 @@ class _Running:
     fed: int = 0  # prompt tokens in the cache
     cuts: list[int] = dataclasses.field(default_factory=list)  # lengths at which its cache is kept for others
     waits: bool = False  # for another's prefix
+    given: Prefix | None = None  # with pages: one that it may begin from, whose pages it holds
     filling: bool = True  # its prompt is not all in the cache
     asked: int = 0  # tokens that dispatched work may choose
     chosen: int = 0
@@ -275,8 +276,8 @@ class Engine:
         if self.cache is None:
             self.cache = self._new_cache(self.n_slots)
             self.slots = jax.device_put(Slots.empty(self.n_slots), self.device)
-        admitted = {}
-        while free and self._pending and self._reserve(free[0], self._pending[0][1]):
+        admitted, given = {}, {}
+        while free and self._pending and self._reserve(free[0], self._pending[0][1], given):
             admitted[free.pop(0)] = self._pending.popleft()
         if not admitted:
             return
@@ -291,7 +292,7 @@ class Engine:
             if request.prefix is not None:
                 self._start_from(slot, r, request.prefix)
             elif self._shares(request):
-                r.key, r.waits = key(request.tokens), True
+                r.key, r.waits, r.given = key(request.tokens), True, given.get(slot)
         self.peak = max(self.peak, self.used)
         self._admit_edits(admitted, which)
         self._show_pages()
@@ -300,16 +301,33 @@ class Engine:
         """How many tokens a request may choose."""
         return min(request.max_tokens, self.capacity - len(request.tokens))
 
-    def _reserve(self, slot: int, request: Request) -> bool:
-        """Give a slot the pages that a request may come to need, if there are enough."""
+    def _reserve(self, slot: int, request: Request, given: dict[int, Prefix]) -> bool:
+        """Give a slot the pages that a request may come to need, if there are enough; `given` notes the prefix that is
+        counted on, which is held until the request has begun from it."""
         if self.pages is None:
             return True
         needed = -(-(len(request.tokens) + self._limit(request)) // PAGE)
-        return self._make_room(needed) and self.pages.give(slot, needed)
+        prefix = self.prefixes.find(key(request.tokens)) if self._shares(request) else None
+        held = () if prefix is None else prefix.pages
+        shared = () if prefix is None else held[: len(prefix.tokens) // PAGE]
+        self.pages.hold(held)
+        if not self._make_room(needed - len(shared)):
+            self.pages.release(held)
+            return False
+        self.pages.give(slot, needed, shared)
+        if prefix is not None:
+            given[slot] = prefix
+        return True
+
+    def _let_go(self, r: _Running) -> None:
+        """Of the prefix a request was given only the whole pages stay, in its table."""
+        if r.given is not None:
+            self.pages.release(r.given.pages[len(r.given.tokens) // PAGE :])
+            r.given = None
 
     def _make_room(self, pages: int) -> bool:
-        """Let go of kept prefixes until that many pages are free."""
-        while self.pages.free < pages and self.prefixes and (old := self.prefixes.drop()):
+        """Whether that many pages are free. Where nothing runs that could free some, kept prefixes go."""
+        while self.pages.free < pages and not self.used and self.prefixes and (old := self.prefixes.drop()):
             self.pages.release(old.pages)
         return self.pages.free >= pages
 
@@ -321,6 +339,7 @@ class Engine:
             self.pages.changed = False
 
     def _vacate(self, slot: int) -> None:
+        self._let_go(self._running[slot])
         self._running[slot] = None
         if self.pages:
             self.pages.take_back(slot)
@@ -346,6 +365,8 @@ class Engine:
     def _look_for_prefix(self, slot: int, r: _Running) -> None:
         """Let a request that waits begin from the longest prefix there is, unless a longer one is being computed."""
         prefix = self.prefixes.find(r.key)
+        if r.given is not None and (prefix is None or len(prefix.tokens) < len(r.given.tokens)):
+            prefix = r.given
         done = 0 if prefix is None else len(prefix.tokens)
         for other in self._running:
             if other is not None and other is not r and other.filling and not other.waits:
@@ -358,6 +379,7 @@ class Engine:
         self._leave(r)
         if prefix is not None:
             self._start_from(slot, r, prefix)
+        self._let_go(r)
         r.cuts = self.prefixes.cuts(r.key, done)
 
     def _fill(self) -> None:

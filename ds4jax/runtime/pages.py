@@ -42,18 +42,19 @@ class Pages:
         self.peak = max(self.peak, self.used)
         return page
 
-    def give(self, slot: int, n: int) -> bool:
-        """Give an empty slot n pages; False, and nothing done, if there are not enough."""
-        if n > self.free:
+    def give(self, slot: int, n: int, shared: Sequence[int] = ()) -> bool:
+        """Give an empty slot n pages, the first of them `shared`, which the caller holds for it; False, and nothing
+        done, if there are not enough."""
+        if n - len(shared) > self.free:
             return False
-        self.table[slot, :n] = [self.one() for _ in range(n)]
+        self.table[slot, :n] = [*shared, *(self.one() for _ in range(n - len(shared)))]
         self.changed = True
         return True
 
     def share(self, slot: int, pages: Sequence[int]) -> None:
         """Put pages of others in the place of a slot's first ones."""
+        self.hold(pages)  # first: the slot may be their last user
         self.release(self.table[slot, : len(pages)].tolist())
-        self.hold(pages)
         self.table[slot, : len(pages)] = pages
         self.changed = True
 

@@ -64,7 +64,7 @@ def test_shared_prefixes_share_pages(lm, in_slots):
     same(run(engine, *requests), wanted)
     kept = {p for prefix in engine.prefixes._kept.values() for p in prefix.pages}
     assert engine.pages.used == len(kept), "only prefixes hold pages"
-    assert engine.counts.shared >= 6 * len(head)
+    assert engine.counts.shared >= 5 * len(head), "as far as three pages allow"
     assert engine.counts.prefill == sum(len(r.tokens) - 1 for r in requests) - engine.counts.shared
 
 
