@@ -1,4 +1,4 @@
-"""`ds4jax steer build | sweep | show`: directions from contrasting prompts, and what their strength does."""
+"""`ds4jax steer build | sweep | generate | show`: directions from contrasting prompts, and their use."""
 
 from __future__ import annotations
 
@@ -156,6 +156,57 @@ def sweep(
         result.save(out)
         if not quiet:
             console.note(f"wrote {out}")
+
+
+@steer.command()
+def generate(
+    model: options.Model,
+    directions: Annotated[str, typer.Argument(metavar="DIRECTIONS", help="A .f32, .gguf or .safetensors file.")],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue, or the message to answer.")],
+    scale: Annotated[float | None, typer.Option(metavar="X", help="Strength of an addition. [1]")] = None,
+    ffn: Annotated[float | None, typer.Option(metavar="X", help="Strength of a projection at ffn_out. [1]")] = None,
+    attn: Annotated[float | None, typer.Option(metavar="X", help="Strength of a projection at attn_out. [0]")] = None,
+    policy: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="always, decoding, final-answer, thinking, prompt. [always; with tools: final-answer]"
+        ),
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="The prompt is a message to answer.")] = False,
+    think: options.Think = False,
+    tools: options.Tools = None,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", min=1, metavar="N", help="Tokens to write.")] = 512,
+    temperature: options.Temperature = 1.0,
+    seed: options.Seed = None,
+    context: options.Context = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    kernels: options.Kernels = "auto",
+    no_cache_quant: options.NoCacheQuant = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Continue a text, or answer a message, under steering.
+
+    \b
+    Examples:
+      ds4jax steer generate nano style.gguf "After that, the" --scale 3
+      ds4jax steer generate model.gguf polite.f32 "Weather in Rome?" --ffn 1 --tools tools.json
+    """
+    from ds4jax.cli.generate import _write_one
+    from ds4jax.interp import Steering
+
+    functions = None if tools is None else options.read_list(tools, "tools")
+    given = {"scale": scale, "ffn": ffn, "attn": attn, "policy": policy}
+    steering = Steering.load(directions, **{k: v for k, v in given.items() if v is not None})
+    in_chat = chat or think or functions is not None
+    asked = [{"role": "user", "content": prompt}] if in_chat else prompt
+    rules = options.check_sampling(temperature=temperature, seed=seed)
+    options.model_path(model)
+    lm = _load(model, context, dtype, device, kernels, no_cache_quant, quiet)
+    stream = lm.generate(
+        asked, max_tokens=max_tokens, think=think, tools=functions, stream=True, steering=steering, **rules
+    )
+    _write_one(stream, "", in_chat)
 
 
 @steer.command()

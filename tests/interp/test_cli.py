@@ -52,6 +52,7 @@ def test_mistakes(capsys, random_gguf, tmp_path):
         (["steer", "sweep", model, two, "-p", "x", "--count", "("], "regular expression"),
         (["steer", "sweep", model, two, "-p", "x", "-o", "x.doc"], ".html"),
         (["steer", "show", two], "are in .f32"),
+        (["steer", "generate", model, two, "x"], "are in .f32"),
     ):  # fmt: skip
         assert run(args) == 2, args
         seen = capsys.readouterr()
