@@ -134,6 +134,8 @@ def test_filled_in_place(poisoned, every_format, chunk):
 
 def test_hub_filled_in_place(poisoned, small_hub):
     ckpt = open_checkpoint(small_hub)
+    names = ("embed.weight", "layers.1.attn.wo_b.weight", "layers.1.ffn.experts.w1", "layers.1.ffn.experts.w2")
+    ckpt = dataclasses.replace(ckpt, tensors={name: ckpt.tensors[name] for name in names})
     want = load_arrays(ckpt, progress=False)
     got = load_arrays(ckpt, progress=False, options=LoadOptions("pinned", "pread", 2, 40_960, in_place=True))
     for p in want:
@@ -141,7 +143,7 @@ def test_hub_filled_in_place(poisoned, small_hub):
             assert_same_bits(a, b)
 
 
-@pytest.mark.parametrize("format", ["IQ2_XXS", "Q2_K", "Q8_0", "F16"])
+@pytest.mark.parametrize("format", ["IQ2_XXS", "F16"])
 def test_filling_copies_no_array(format):
     """The compiled program writes into the memory it was given."""
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
