@@ -90,6 +90,8 @@ def direction(
     t, c = (x.reshape(len(x), -1).astype(np.float64) for x in (target, control))
     d = t - c
     lengths = np.linalg.norm(d, axis=1, keepdims=True)
+    noise = 1e-5 * np.maximum(np.linalg.norm(t, axis=1), np.linalg.norm(c, axis=1))[:, None]
+    d, lengths = np.where(lengths > noise, d, 0), np.where(lengths > noise, lengths, 0)  # rounding is no difference
     if not (lengths > 0).any():
         return None
     if normalize_pairs:
