@@ -46,16 +46,16 @@ CASES = {
 def variants(op: str, format: str, K: int, quick: bool) -> list[lowering.Tuning]:
     """The shapes of work to try."""
     if op in ("dense", "grouped"):
-        rows, units, tokens = ((64, 128), (4, 8, 16), (32, 64)) if not quick else ((64,), (8,), (32, 64))
-        found = itertools.product(rows, units, tokens, (2, 3) if not quick else (2,))
-        return [lowering.Tuning(r, u, 4 if r == 64 else 8, s, t) for r, u, t, s in found]
+        rows, units, tokens = ((64,), (8,), (32, 64)) if quick else ((64, 128), (4, 8), (32, 64))
+        stages = (2,) if quick else (2, 3)
+        return [
+            lowering.Tuning(r, u, r // 16, s, t) for r, u, t, s in itertools.product(rows, units, tokens, stages)
+        ]  # fmt: skip
     most = max(32, matvec.power_of_two(K // decode.DECODERS[format].unit))
-    rows = (2, 4, 8, 16) if not quick else (4, 8)
-    return [
-        lowering.Tuning(r, 32 * w * per, w)
-        for r, w, per in itertools.product(rows, (1, 2, 4, 8), (1, 2))
-        if 32 * w * per <= most and (per == 1 or not quick)
-    ]
+    shapes = [(32 * w, w) for w in (1, 2, 4, 8)] + ([] if quick else [(128, 2), (256, 4)])
+    shapes += [(32, 2)] if most == 32 else []
+    rows = (4, 8) if quick else (2, 4, 8, 16)
+    return [lowering.Tuning(r, units, w) for r, (units, w) in itertools.product(rows, shapes) if units <= most]
 
 
 def operation(op: str, w: quant.QuantizedArray, tokens: int):
@@ -111,10 +111,10 @@ def tune(op: str, format: str, shape: tuple[int, ...], tokens: int, args, bandwi
     want = jax.jit(lambda x, w: run(x, w, None))(x, weights[0])
 
     def build(t):
-        chain = bench.chained(lambda x, w: run(x, w, t), turns).lower(x, weights).compile()
-        return chain, jax.jit(lambda x, w: run(x, w, t)).lower(x, weights[0]).compile()
+        once = jax.jit(lambda x, w: run(x, w, t))
+        return bench.chained(once, turns).lower(x, weights).compile(), once.lower(x, weights[0]).compile()
 
-    rows, tried = [], variants(op, format, shape[-1], args.quick)
+    rows, tried = [], variants(op, format, shape[-1], args.quick or CASES[op].index((format, shape, tokens)) > 0)
     with concurrent.futures.ThreadPoolExecutor(args.threads) as pool:
         for t, job in [(t, pool.submit(build, t)) for t in tried]:
             try:

@@ -87,6 +87,7 @@ def distinct(format: str, shape: tuple[int, ...], total: int = CACHE_BYTES, most
 
 def chained(op: Callable[[Any, Any], Any], turns: int = 4) -> Callable[[Any, Sequence[Any]], Any]:
     """A compiled function (x, weights) that runs op(x, w) for every weight, `turns` times over, one after another."""
+    op = jax.jit(op)  # traced once for all weights
 
     @jax.jit
     def run(x, weights):
