@@ -111,6 +111,13 @@ def _q8_0(t: Tile, u: Array) -> Iterator[Run]:
         yield Run(2 * u + half, lo.words_of_bytes(codes), d)
 
 
+def _q8_0_numbers(t: Tile, u: Array) -> Iterator[Run]:
+    d = t.half("d", u)
+    for half in range(2):
+        codes = t.part("codes", (32 * u + 16 * half)[:, None] + jnp.arange(16, dtype=jnp.int32))
+        yield Run(2 * u + half, None, d, floats=codes.astype(jnp.float32))
+
+
 def _q2_k(t: Tile, u: Array) -> Iterator[Run]:
     chunk, half = u >> 1, u & 1  # 128 elements in 8 words
     words = t.words("codes", u)
@@ -422,9 +429,15 @@ DECODERS: dict[str, Decoder] = {
 }
 
 
-def runs(format: str, tile: Tile, units: Array, codebook: np.ndarray | None) -> Iterator[Run]:
-    """The runs of `units` (int32 [L]) of a tile of `format`."""
-    decoder = DECODERS[format]
+# Q8_0's bytes make words in a matrix-vector product, where a thread is sure to hold four neighbours; a compiler that
+# lays tiles out for tensor cores promises no such thing (measured: wrong), so there each code is a number of its own.
+MATRIX = DECODERS | {"Q8_0": Decoder(32, _q8_0_numbers, floats=True)}
+"""Decoders for tensor-core kernels."""
+
+
+def runs(format: str, tile: Tile, units: Array, codebook: np.ndarray | None, *, matrix: bool = False) -> Iterator[Run]:
+    """The runs of `units` (int32 [L]) of a tile of `format`; `matrix`: as `MATRIX` decodes them."""
+    decoder = (MATRIX if matrix else DECODERS)[format]
     if decoder.codebook is None:
         return decoder.runs(tile, units)
     return decoder.runs(tile, units, codebook)
@@ -449,8 +462,8 @@ def values(run: Run, dtype: Any) -> Iterator[Array]:
 
 
 def columns(format: str, units: np.ndarray) -> list[np.ndarray]:
-    """The elements of a row, in order of their columns, of each matrix that `values` makes of the runs of `units`."""
-    decoder, out = DECODERS[format], []
+    """The elements of a row, in order of their columns, of each matrix that `values` makes of `MATRIX`'s runs."""
+    decoder, out = MATRIX[format], []
     for r in range(decoder.unit // 16):
         first = 16 * decoder.places(units, r)[:, None]
         if decoder.floats:

@@ -10,6 +10,7 @@ most one partly filled tile an expert.
 
 from __future__ import annotations
 
+import os
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +24,7 @@ from ds4jax.pallas.experts import Stack, activation
 
 Array = jax.Array
 
+UNCHECKED = {"Q8_0"}  # left to XLA until scripts/check_gpu.py has passed with DS4JAX_UNCHECKED_KERNELS=1
 MAX_ROWS = 256  # from here on, expanding the weight once and a plain product is faster
 
 
@@ -31,6 +33,8 @@ def _check(dtype: Any, K: int, *formats: str) -> None:
         raise NotImplementedError(f"tensor-core kernels take bfloat16 activations, not {np.dtype(dtype)}")
     for format in formats:
         matvec.fits(format, K)
+        if format in UNCHECKED and not (lo.interpreting() or os.environ.get("DS4JAX_UNCHECKED_KERNELS")):
+            raise NotImplementedError(f"the {format} kernel has not been checked on a GPU since it was last changed")
 
 
 def _in_kernel_order(x: Array, format: str, units: int) -> Array:
@@ -67,7 +71,7 @@ def _products(
         u = i * units + jnp.arange(units, dtype=jnp.int32)
         if count % units:
             u = jnp.minimum(u, count - 1)  # x is zero there
-        generators = [decode.runs(format, tile, u, codebook) for _, tile, codebook in tiles]
+        generators = [decode.runs(format, tile, u, codebook, matrix=True) for _, tile, codebook in tiles]
         at = i * units * unit
         for runs in zip(*generators, strict=True):
             for pair in zip(*(decode.values(run, x_ref.dtype) for run in runs), strict=True):
