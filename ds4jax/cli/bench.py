@@ -116,7 +116,8 @@ def _programs(model: str | None, kind: str | None, layers: int, platform) -> tup
         from ds4jax import weights
 
         with weights.open_checkpoint(options.checkpoint_path(model)) as ckpt:
-            config, arrays = ckpt.config, weights.load_arrays(ckpt, platform.device, progress=console.is_terminal(sys.stderr))
+            config, progress = ckpt.config, console.is_terminal(sys.stderr)
+            arrays = weights.load_arrays(ckpt, platform.device, progress=progress)
     else:
         from ds4jax.weights import synthetic
 

@@ -27,7 +27,9 @@ Dtype = Annotated[
     typer.Option(metavar="NAME", help="float32 or bfloat16. [default: bfloat16 on a GPU, float32 on a CPU]"),
 ]
 Device = Annotated[str | None, typer.Option(metavar="NAME", help="cpu, gpu, cuda, rocm or metal. [default: the first]")]
-Kernels = Annotated[str, typer.Option(metavar="NAME", help="Implementation of the products: auto or xla.")]
+Kernels = Annotated[
+    str, typer.Option(metavar="NAME", help="Implementation of the products: auto, exact, pallas or xla.")
+]
 Mtp = Annotated[str | None, typer.Option(metavar="FILE", help="A second GGUF, with the MTP layer.")]
 NoCacheQuant = Annotated[
     bool, typer.Option("--no-cache-quant", help="Do not simulate the rounding of the quantized cache.")

@@ -46,14 +46,6 @@ class MappedFile:
             raise DS4Error(f"{self.path}: bytes {offset}..{offset + nbytes} lie past its end, {self.size}: truncated")
         return self.bytes[offset : offset + nbytes]
 
-    def advise(self, option: int, offset: int, nbytes: int) -> None:
-        """Pass a hint (`mmap.MADV_…`) about a byte range to the kernel; ignored where it is not supported."""
-        if self._map is None:
-            return
-        start = offset // mmap.PAGESIZE * mmap.PAGESIZE
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            self._map.madvise(option, start, min(offset + nbytes, self.size) - start)
-
     def close(self) -> None:
         self.bytes = np.zeros(0, np.uint8)
         if self._map is not None:

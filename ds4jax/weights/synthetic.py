@@ -98,7 +98,8 @@ def _tensor(key, *, format: str, shape: tuple[int, ...], sort: str, experts: int
         return jnp.ones(shape, jnp.float32) if shape[0] in (1, 3) else jnp.zeros(shape, jnp.float32)
     if format in ("F32", "F16"):
         std = 0.1 if format == "F32" else _STD
-        return (std * jax.random.normal(key, shape, jnp.float32)).astype({"F32": jnp.float32, "F16": jnp.float16}[format])
+        dtype = {"F32": jnp.float32, "F16": jnp.float16}[format]
+        return (std * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
     return quant.from_blocks(random_blocks(key, format, shape), format, shape)
 
 
