@@ -35,6 +35,11 @@ def set_kernels(kernels: str) -> None:
     _kernels = kernels
 
 
+def chosen() -> str:
+    """What `set_kernels` was last told."""
+    return _kernels
+
+
 @contextlib.contextmanager
 def kernels(which: str) -> Iterator[None]:
     """`set_kernels` for a while."""

@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 
 from ds4jax.model import NO_TAP, Cache, Tap, Transformer, attach, detach, reset_slots
+from ds4jax.quant import api
 from ds4jax.runtime.edits import Edits, Regions, Track
 from ds4jax.runtime.sampling import Sampling, sample
 
@@ -92,6 +93,18 @@ class Programs:
         leaf = jax.tree.leaves(state)[0]  # shapes alone (to compile without weights) are on no device
         device = next(iter(leaf.devices())) if isinstance(leaf, jax.Array) else None
         self.usable = jax.device_put(usable, device)  # an argument of decode, not part of the program
+        # the choice is of the process, and another model may change it before a step of this one is traced
+        self._kernels = "xla" if device is not None and device.platform == "cpu" else api.chosen()
+
+    def _jit(self, run: Callable, **options: Any) -> Callable:
+        """`jax.jit`, tracing with this model's choice of kernels."""
+
+        @functools.wraps(run)
+        def traced(*args, **kw):
+            with api.kernels(self._kernels):
+                return run(*args, **kw)
+
+        return jax.jit(traced, **options)
 
     def _model(self, state) -> Transformer:
         return nnx.merge(self.graphdef, state)
@@ -105,7 +118,7 @@ class Programs:
         def run(state, cache, tokens, n_valid, edits=None):
             return detach(self._model(state).forward(tokens, attach(cache), n_valid, tap=_tap(edits, cache, tokens))[1])
 
-        return jax.jit(run, donate_argnums=1)
+        return self._jit(run, donate_argnums=1)
 
     def logits(
         self, cache: Cache, tokens: Array, n_valid: Array, edits: Edits | None = None, region: Array | None = None
@@ -120,7 +133,7 @@ class Programs:
             streams, cache = model.forward(tokens, cache, n_valid, tap=tap)
             return model.logits(streams, tap=tap), cache
 
-        return jax.jit(run, donate_argnums=1)
+        return self._jit(run, donate_argnums=1)
 
     def read(
         self, cache: Cache, tokens: Array, n_valid: Array, sites: tuple[str, ...], reduce: Callable, args: Any,
@@ -152,7 +165,7 @@ class Programs:
             out = {name: reduce(name, tap.store[name], args) for name in sites}
             return out, dataclasses.replace(after, layers=layers)
 
-        return jax.jit(run, static_argnums=(7, 8), donate_argnums=1)
+        return self._jit(run, static_argnums=(7, 8), donate_argnums=1)
 
     def decode(self, cache: Cache, slots: Slots, *, steps: int, top_logprobs: bool = False):
         """Choose up to `steps` tokens for every active slot; ends early when no slot is active any more.
@@ -213,7 +226,7 @@ class Programs:
             (cache, slots, track), (out, seen) = _steps(step, carry, steps, lambda carry: jnp.any(carry[1].active))
             return cache, slots, track, out, seen
 
-        return jax.jit(run, static_argnums=(5, 8), donate_argnums=(1, 2, 7))
+        return self._jit(run, static_argnums=(5, 8), donate_argnums=(1, 2, 7))
 
     def admit(self, slots: Slots, which: np.ndarray, new: Slots) -> Slots:
         """Replace the slots where `which` [B] is True by those of `new`."""
