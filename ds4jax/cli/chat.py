@@ -34,6 +34,9 @@ def chat(
     min_p: options.MinP = 0.05,
     seed: options.Seed = None,
     stop: options.Stop = None,
+    steer: options.Steer = None,
+    steer_scale: options.SteerScale = None,
+    steer_policy: options.SteerPolicy = None,
     context: options.Context = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
@@ -67,6 +70,7 @@ def chat(
     options.model_path(model)
     rules = options.check_sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
     rules |= {"stop": options.stops(stop), "max_tokens": max_tokens}
+    rules |= options.steering(steer, steer_scale, steer_policy)
     functions = None if tools is None else options.read_list(tools, "tools")
     options.check_messages([{"role": "user", "content": "?"}], functions)
     lm = options.load(

@@ -44,6 +44,9 @@ def generate(
     messages: Annotated[
         str | None, typer.Option(metavar="FILE", help="Answer a conversation: a JSON list of messages.")
     ] = None,
+    steer: options.Steer = None,
+    steer_scale: options.SteerScale = None,
+    steer_policy: options.SteerPolicy = None,
     context: options.Context = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
@@ -91,6 +94,7 @@ def generate(
         for p in prompts:
             options.check_messages(p, functions)
     rules = options.check_sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
+    rules |= options.steering(steer, steer_scale, steer_policy)
 
     lm = options.load(
         model, context=context, dtype=dtype, device=device, kernels=kernels, mtp=mtp, cache_quant=not no_cache_quant,

@@ -54,6 +54,41 @@ Think = Annotated[bool, typer.Option("--think", help="Let the model reason first
 ThinkMax = Annotated[bool, typer.Option("--think-max", help="Let it reason as long as it can.")]
 Tools = Annotated[str | None, typer.Option(metavar="FILE", help="JSON list of functions to call, in OpenAI's form.")]
 
+# steering
+Steer = Annotated[
+    list[str] | None,
+    typer.Option(metavar="FILE", help="Steer with directions (.f32, .gguf, .safetensors); may be given several times."),
+]
+SteerScale = Annotated[
+    float | None, typer.Option(metavar="X", help="Strength of every --steer: of its addition or projection. [1]")
+]
+SteerPolicy = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="always, decoding, final-answer, thinking, prompt. [always; with tools: final-answer]"
+    ),
+]
+
+
+def steering(files: list[str] | None, scale: float | None, policy: str | None) -> dict[str, Any]:
+    """The options --steer… as `lm.generate` takes them. Raises DS4Error before anything is loaded."""
+    if not files:
+        if scale is not None or policy is not None:
+            raise DS4Error("--steer-scale and --steer-policy need --steer FILE")
+        return {}
+    from ds4jax.interp import Steering
+    from ds4jax.interp.directions import Directions
+
+    given = []
+    for file in files:
+        directions = Directions.load(file)
+        strength = {}
+        if scale is not None:
+            site = directions.plain_site  # None: no projection at a sublayer's output; "": ds4's files, for both
+            strength["scale" if site is None else "attn" if site == "attn_out" else "ffn"] = scale
+        given.append(Steering(directions, policy=policy, **strength))
+    return {"steering": given}
+
 
 def check_sampling(**rules: Any) -> dict[str, Any]:
     """The sampling options, checked before minutes are spent on loading. Raises DS4Error."""
