@@ -208,7 +208,8 @@ class LM:
         """Logits of every position of given sequences.
 
         Args:
-          tokens: int [T] or [B, T], numpy, JAX or lists.
+          tokens: int [T] or [B, T], numpy, JAX or lists; or one prompt as `generate` takes it (text gets its
+            beginning-of-sentence token), which gives [T, V].
           steering, interventions: what is done to activations, see `generate`.
           prompt_len: how many tokens are prompt, for policies that ask; default: as the last reply's beginning shows.
 
@@ -218,6 +219,8 @@ class LM:
         Raises:
           DS4Error: no tokens, ids outside the vocabulary, or more tokens than the context.
         """
+        if isinstance(tokens, str) or (isinstance(tokens, list) and tokens and isinstance(tokens[0], Mapping)):
+            tokens = self._prepare(tokens, False, None)[0]
         try:
             rows = np.asarray(tokens)
         except ValueError:
