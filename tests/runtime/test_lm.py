@@ -59,7 +59,7 @@ def test_logits_of_several_chunks(lm):
         ([[]], "T ≥ 1"),
         (5, "T ≥ 1"),
         ([1.5, 2.0], "must be integers"),
-        ("text", "must be integers"),
+        ("", "empty"),
         ([[1, 2], [3]], "different lengths"),
         ([1, VOCAB], f"0 … {VOCAB - 1}; found 1 … {VOCAB}"),
         ([-1, 1], f"0 … {VOCAB - 1}; found -1"),
@@ -518,3 +518,8 @@ def test_without_a_tokenizer(lm):
             bare.generate(**options)
     with pytest.raises(DS4Error, match="stop strings need a tokenizer"):
         bare.generate([5], stop="a")
+
+
+def test_logits_of_text_begin_as_generation_does(lm):
+    ids = [lm.tokenizer.bos_id, *lm.tokenizer.encode("hello")]
+    np.testing.assert_array_equal(lm.logits("hello"), lm.logits(ids))
