@@ -178,10 +178,6 @@ def compile_training(model: net.Net, opt: muon.Optimizer, phase: Phase, args: ar
     return compiled
 
 
-def shapes_of(tree):
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)
-
-
 # --- state ------------------------------------------------------------------------------------------------------------
 
 

@@ -19,15 +19,13 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
+from ds4jax.chat import encode_messages
+from ds4jax.chat.encoding import ASSISTANT, USER
+
 from . import grammar
 from .grammar import expand
 from .stories import description, story
 
-BOS = "<\uff5cbegin\u2581of\u2581sentence\uff5c>"
-EOS = "<\uff5cend\u2581of\u2581sentence\uff5c>"
-USER = "<\uff5cUser\uff5c>"
-ASSISTANT = "<\uff5cAssistant\uff5c>"
-DSML = "\uff5cDSML\uff5c"
 HELDOUT_PERCENT = 5
 
 
@@ -72,49 +70,6 @@ class _Text:
 
 # --- chat: the exact prompt encoding of DeepSeek V4 ----------------------------------------------------------------------
 
-_TOOLS_HEAD = f"""## Tools
-
-You have access to a set of tools to help answer the user's question. You can invoke tools by writing a "<{DSML}tool_calls>" block like the following:
-
-<{DSML}tool_calls>
-<{DSML}invoke name="$TOOL_NAME">
-<{DSML}parameter name="$PARAMETER_NAME" string="true|false">$PARAMETER_VALUE</{DSML}parameter>
-...
-</{DSML}invoke>
-<{DSML}invoke name="$TOOL_NAME2">
-...
-</{DSML}invoke>
-</{DSML}tool_calls>
-
-String parameters should be specified as is and set `string="true"`. For all other types (numbers, booleans, arrays, objects), pass the value in JSON format and set `string="false"`.
-
-If thinking_mode is enabled (triggered by <think>), you MUST output your complete reasoning inside <think>...</think> BEFORE any tool calls or final response.
-
-Otherwise, output directly after </think> with tool calls or final response.
-
-### Available Tool Schemas
-
-"""  # noqa: E501
-_TOOLS_TAIL = "\n\nYou MUST strictly follow the above defined tool name and parameter schemas to invoke tool calls.\n"
-
-
-def tools_prompt(tools: list[dict]) -> str:
-    """The system text that lists tools, as the encoding appends it to the system message."""
-    return _TOOLS_HEAD + "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools) + _TOOLS_TAIL
-
-
-def tool_calls(calls: list[tuple[str, dict]]) -> str:
-    """A DSML block that calls tools: (name, arguments) each."""
-    lines = [f"<{DSML}tool_calls>"]
-    for name, arguments in calls:
-        lines.append(f'<{DSML}invoke name="{name}">')
-        for key, value in arguments.items():
-            string = isinstance(value, str)
-            shown = value if string else json.dumps(value, ensure_ascii=False)
-            lines.append(f'<{DSML}parameter name="{key}" string="{str(string).lower()}">{shown}</{DSML}parameter>')
-        lines.append(f"</{DSML}invoke>")
-    return "\n".join([*lines, f"</{DSML}tool_calls>"])
-
 
 class Chat(_Text):
     """A dialogue in the exact encoding; what the assistant writes (with its end mark) counts as answer.
@@ -124,9 +79,7 @@ class Chat(_Text):
 
     def __init__(self, system: str = "", tools: list[dict] | None = None) -> None:
         super().__init__()
-        self.add(BOS + system)
-        if tools:
-            self.add("\n\n" + tools_prompt(tools))
+        self.add(encode_messages([{"role": "system", "content": system}], tools=tools))
 
     def user(self, text: str) -> Chat:
         self.add(USER + text)
@@ -142,9 +95,10 @@ class Chat(_Text):
         else:
             self.add(ASSISTANT + "<think>")
             text = f"{thinking}</think>{text}"
+        reply = {"role": "assistant", "content": text}
         if calls:
-            text += "\n\n" + tool_calls(calls)
-        self.add(text + EOS, answer=True)
+            reply["tool_calls"] = [{"name": name, "arguments": arguments} for name, arguments in calls]
+        self.add(encode_messages([reply], add_default_bos_token=False), answer=True)
         return self
 
     def done(self, skill: str, key: str, **meta: Any) -> Item:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from ds4jax.chat import Tokenizer
+from ds4jax.chat.tokenizer import BOS, DSML, EOS
 from scripts.nano import prepare, shards, synth
 
 
@@ -96,7 +97,7 @@ def test_digits_are_single_tokens(prepared):
 
 def test_chat_marks_are_single_tokens_and_text_keeps_them_apart(prepared):
     tokenizer = Tokenizer.from_json(prepared[0] / "tokenizer.json")
-    for mark in (synth.BOS, synth.EOS, synth.USER, synth.ASSISTANT, "<think>", "</think>", synth.DSML):
+    for mark in (BOS, EOS, synth.USER, synth.ASSISTANT, "<think>", "</think>", DSML):
         assert len(tokenizer.encode(mark)) == 1
     items = [synth.Item(f"x {synth.USER} y", "story", "k")]
     ((ids, _),) = prepare.encode(tokenizer, items)

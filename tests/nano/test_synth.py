@@ -8,6 +8,7 @@ from random import Random
 import pytest
 
 from ds4jax.chat import encode_messages, parse_completion
+from ds4jax.chat.tokenizer import BOS, EOS
 from scripts.nano import grammar, stories, synth
 
 
@@ -37,13 +38,13 @@ def test_items_are_well_formed(skill):
         assert item.skill == skill
         assert not {"{", "}", "<?>"} & set(item.text) or skill == "tools"
         assert "  " not in item.text.replace("\n\n", "")
-        assert item.chat == item.text.startswith(synth.BOS)
+        assert item.chat == item.text.startswith(BOS)
         end = 0
         for start, stop in item.meta.get("answers", []):
             assert end <= start < stop <= len(item.text)
             end = stop
         if item.chat:
-            assert item.text.endswith(synth.EOS)
+            assert item.text.endswith(EOS)
 
 
 def test_stories_are_many_and_agree_with_their_questions():
@@ -146,7 +147,7 @@ def test_registers_differ():
 
 def messages_of(item):
     """The item's chat as messages, read back from the encoding by splitting at its marks."""
-    body = item.text[len(synth.BOS) :]
+    body = item.text[len(BOS) :]
     system, _, rest = body.partition(synth.USER)
     out, turns = [], rest.split(synth.USER)
     for turn in turns:
@@ -183,7 +184,7 @@ def test_chat_prompts_equal_the_models_encoding(skill):
         for asked, answered in turns[:-1]:
             messages += [
                 {"role": "user", "content": asked},
-                {"role": "assistant", "content": answered.removeprefix("</think>").removesuffix(synth.EOS)},
+                {"role": "assistant", "content": answered.removeprefix("</think>").removesuffix(EOS)},
             ]
         messages.append({"role": "user", "content": turns[-1][0]})
         mode = "thinking" if turns[-1][1].startswith("<think>") else "chat"
