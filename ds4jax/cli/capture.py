@@ -64,7 +64,7 @@ def capture(
         raise DS4Error("say where to write: --out FOLDER")
     prompts = list(prompt or [])
     if file is not None:
-        prompts += [line for line in options.read_text(file).splitlines() if line.strip()]
+        prompts += options.prompt_lines(file)
     if not prompts:
         raise DS4Error("no prompt: give --prompt or --file")
     if reduce not in (None, "mean", "last"):
@@ -81,10 +81,9 @@ def capture(
         from ds4jax.interp import Steering
 
         steering = Steering.load(steer)
-    asked = [[{"role": "user", "content": p}] for p in prompts] if chat else prompts
     done = lm.capture(
-        asked, sites, positions=where, reduce=reduce, steering=steering, batch_size=batch, out=out,
-        shard_bytes=shard << 20, progress=not quiet and console.is_terminal(sys.stderr),
+        options.asked(prompts, chat), sites, positions=where, reduce=reduce, steering=steering, batch_size=batch,
+        out=out, shard_bytes=shard << 20, progress=not quiet and console.is_terminal(sys.stderr),
     )  # fmt: skip
     if not quiet:
         console.note(f"{out}: {len(done)} prompts, {len(done.sites)} sites")

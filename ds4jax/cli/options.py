@@ -90,6 +90,16 @@ def steering(files: list[str] | None, scale: float | None, policy: str | None) -
     return {"steering": given}
 
 
+def prompt_lines(path: str) -> list[str]:
+    """The lines of a file that are not blank, each a prompt. Raises DS4Error if it cannot be read."""
+    return [line for line in read_text(path).splitlines() if line.strip()]
+
+
+def asked(prompts: list[str], chat: bool) -> list:
+    """Prompts as `lm` takes them: as text, or each as a message to answer."""
+    return [[{"role": "user", "content": p}] for p in prompts] if chat else prompts
+
+
 def check_sampling(**rules: Any) -> dict[str, Any]:
     """The sampling options, checked before minutes are spent on loading. Raises DS4Error."""
     from ds4jax.runtime import Sampling

@@ -71,7 +71,7 @@ def build(
         last = lm.config.num_hidden_layers - 1
         site = f"layers.{{1-{last}}}.streams_out" if suffix == ".gguf" else "layers.*.ffn_out"
     directions = build_directions(
-        lm, *(_asked(p, chat) for p in pairs), site=site, method=method, position=where,
+        lm, *(options.asked(p, chat) for p in pairs), site=site, method=method, position=where,
         normalize_pairs=not no_pairs, orthogonal=not no_orthogonal, operation=operation,
     )  # fmt: skip
     directions.save(out)
@@ -140,7 +140,7 @@ def sweep(
         return lambda text: 100 * len(pattern.findall(text)) / max(1, len(text.split()))
 
     result = run(
-        lm, steering, _asked(prompts, chat), strengths, measures={name: rate(p) for name, p in patterns.items()},
+        lm, steering, options.asked(prompts, chat), strengths, measures={name: rate(p) for name, p in patterns.items()},
         max_tokens=max_tokens, temperature=temperature, seed=seed,
     )  # fmt: skip
     head, *body = result.table()
@@ -166,12 +166,7 @@ def generate(
     scale: Annotated[float | None, typer.Option(metavar="X", help="Strength of an addition. [1]")] = None,
     ffn: Annotated[float | None, typer.Option(metavar="X", help="Strength of a projection at ffn_out. [1]")] = None,
     attn: Annotated[float | None, typer.Option(metavar="X", help="Strength of a projection at attn_out. [0]")] = None,
-    policy: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME", help="always, decoding, final-answer, thinking, prompt. [always; with tools: final-answer]"
-        ),
-    ] = None,
+    policy: options.SteerPolicy = None,
     chat: Annotated[bool, typer.Option("--chat", help="The prompt is a message to answer.")] = False,
     think: options.Think = False,
     tools: options.Tools = None,
@@ -199,7 +194,7 @@ def generate(
     given = {"scale": scale, "ffn": ffn, "attn": attn, "policy": policy}
     steering = Steering.load(directions, **{k: v for k, v in given.items() if v is not None})
     in_chat = chat or think or functions is not None
-    asked = [{"role": "user", "content": prompt}] if in_chat else prompt
+    (asked,) = options.asked([prompt], in_chat)
     rules = options.check_sampling(temperature=temperature, seed=seed)
     options.model_path(model)
     lm = _load(model, context, dtype, device, kernels, no_cache_quant, quiet)
@@ -225,14 +220,10 @@ def show(
 
 
 def _lines(path: str) -> list[str]:
-    lines = [line for line in options.read_text(path).splitlines() if line.strip()]
+    lines = options.prompt_lines(path)
     if not lines:
         raise DS4Error(f"{path}: holds no prompt; write one on each line")
     return lines
-
-
-def _asked(prompts: list[str], chat: bool) -> list:
-    return [[{"role": "user", "content": p}] for p in prompts] if chat else prompts
 
 
 def _load(model, context, dtype, device, kernels, no_cache_quant, quiet):
