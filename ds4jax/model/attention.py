@@ -292,11 +292,9 @@ class Attention(nnx.Module):
         if not any(tap.wants(name) for name in ("pattern", "pattern_entries", "indexer.kl")):
             rows = lambda: self._rows(step, cache, seen)  # noqa: E731
             stored = cache.entries if self.ratio else None
-            o = decode_attend(q[:, 0], window, in_window[:, 0], selected, stored, rows, sink)
-            for name, array in self._sites(tap, selected, seen, None, None).items():
-                tap(name, array)
-            return o[:, None], window
-        o, pattern = attend(q, [(window.astype(q.dtype), in_window), *selected], sink)
+            o, pattern = decode_attend(q[:, 0], window, in_window[:, 0], selected, stored, rows, sink)[:, None], None
+        else:
+            o, pattern = attend(q, [(window.astype(q.dtype), in_window), *selected], sink)
         back = lambda: age[:, None]  # noqa: E731  ring slot i has age start - i, so age j lies in slot start - j
         for name, array in self._sites(tap, selected, seen, pattern, back).items():
             tap(name, array)
