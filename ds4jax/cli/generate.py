@@ -137,9 +137,10 @@ def _prompts(prompt: str | None, file: str | None, lines: bool) -> list[str]:
 def _write_one(stream: Iterator[Chunk], prompt: str, in_chat: bool) -> None:
     """Write the text as it comes."""
     answer = console.Answer()
-    answer.write(prompt)
     try:
-        for chunk in stream:
+        for i, chunk in enumerate(stream):
+            if i == 0:  # not before: what compiling has to say would stand in the middle of the line
+                answer.write(prompt)
             if in_chat:
                 for delta in chunk.deltas:
                     answer.delta(delta)

@@ -18,6 +18,7 @@ from flax import nnx
 from ds4jax.model import NO_TAP, Cache, Tap, Transformer, attach, detach, reset_slots
 from ds4jax.quant import api
 from ds4jax.runtime.edits import Edits, Regions, Track
+from ds4jax.runtime.notice import Announced
 from ds4jax.runtime.sampling import Sampling, sample
 
 Array = jax.Array
@@ -82,12 +83,16 @@ class Programs:
       graphdef, state: `nnx.split` of a `Transformer`.
       unused: token ids that must never be chosen, such as padding of the vocabulary.
       regions: the tables that tell the parts of a reply apart; needed by edits that do.
+
+    Attributes:
+      announce: whether a terminal is told of programs that take long to compile.
     """
 
     def __init__(
         self, graphdef: nnx.GraphDef, state: nnx.State, unused: Collection[int] = (), regions: Regions | None = None
     ):
         self.graphdef, self.state, self.regions = graphdef, state, regions
+        self.announce = True
         usable = np.ones(self._model(state).config.vocab_size, bool)
         usable[list(unused)] = False
         leaf = jax.tree.leaves(state)[0]  # shapes alone (to compile without weights) are on no device
@@ -104,7 +109,7 @@ class Programs:
             with api.kernels(self._kernels):
                 return run(*args, **kw)
 
-        return jax.jit(traced, **options)
+        return Announced(traced, functools.partial(jax.jit, **options), lambda: self.announce)
 
     def _model(self, state) -> Transformer:
         return nnx.merge(self.graphdef, state)
