@@ -86,7 +86,8 @@ class Local:
         }  # fmt: skip
         lm.release()  # the cache of `generate`
         if budget is None and lm.platform.memory is not None:
-            budget = max(0, lm.platform.memory - lm.weights_nbytes - memory.WORKSPACE)
+            work = memory.workspace(lm.config, slots=slots, context=lm.context, dtype=lm.platform.dtype)
+            budget = max(0, lm.platform.memory - lm.weights_nbytes - work)
         self.room = plan(lm, slots, budget)
         self.slots = self.room.slots
         self.engine = runtime.Engine(

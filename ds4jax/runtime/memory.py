@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax.numpy as jnp
+
 from ds4jax.errors import DS4Error
 from ds4jax.model import Config, cache_nbytes
-
-WORKSPACE = 1 << 30  # activations, scores and one expanded tile, with room to spare
+from ds4jax.model.attention import QUERY_BLOCK, SCORE_BYTES
+from ds4jax.quant.experts import DENSE_MAX, DENSE_RATIO
+from ds4jax.quant.matmul import TILE
+from ds4jax.runtime.programs import chunk_length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +30,42 @@ class Plan:
 
 
 def plan(config: Config, weights: int, *, slots: int, context: int, dtype) -> Plan:
-    return Plan(weights, cache_nbytes(config, slots, context, dtype), WORKSPACE, slots, context)
+    sizes = dict(slots=slots, context=context, dtype=dtype)
+    return Plan(weights, cache_nbytes(config, slots, context, dtype), workspace(config, **sizes), slots, context)
+
+
+def workspace(config: Config, *, slots: int, context: int, dtype) -> int:
+    """About how many bytes a pass needs beside weights and cache: for the longest chunk of prefill, or for decode.
+
+    Counted is what is alive at once in a layer. XLA's own figure for prefill was 0.75 to 1.1 of it, for nano and for
+    layers of Flash's sizes, chunks of 2,048 and 8,192 tokens (float32, on a CPU).
+    """
+    c = config
+    H, E, F, k = c.num_attention_heads, c.n_routed_experts, c.moe_intermediate_size, c.num_experts_per_tok
+    together = chunk_length(context, slots)
+    tokens = max(chunk_length(context), slots * together)  # of one slot, or of all of them
+    streams = 3 * 4 * c.hc_mult * c.hidden_size  # before, mixed and after, in float32
+    heads = 3 * jnp.dtype(dtype).itemsize * H * c.head_dim
+    is_dense = E <= DENSE_RATIO * k and tokens * E * F <= DENSE_MAX
+    experts = 4 * (3 * E * F if is_dense else k * F + 2 * c.hidden_size)
+    query = 4 * _floats_per_query(c, context)
+    scores = max(min(SCORE_BYTES, tokens * query), slots * min(QUERY_BLOCK, together) * query)
+    logits = 4 * 4 * slots * c.vocab_size  # with their copies for sampling
+    tile = 4 * min(TILE, c.hidden_size * max(c.vocab_size, F))
+    return max(tokens * (streams + heads + experts) + scores, logits) + tile
+
+
+def _floats_per_query(c: Config, context: int) -> int:
+    """Scores that a token has at once at the layer with the most: of attention, or of the indexer."""
+    H, ratios = c.num_attention_heads, c.compress_ratios[: c.num_hidden_layers]
+    most = near = H * (QUERY_BLOCK + c.sliding_window)
+    if 128 in ratios:
+        most = near + H * context // 128
+    if 4 in ratios:
+        N = context // 4
+        read = min(N * H, c.index_topk * (H + c.head_dim)) if N > max(4 * c.index_topk, 1024) else N * H
+        most = max(most, near + read, 4 * N + c.index_n_heads * min(N, 8192))
+    return most
 
 
 def check_fits(config: Config, weights: int, memory: int | None, *, slots: int, context: int, dtype) -> Plan:
@@ -39,7 +78,7 @@ def check_fits(config: Config, weights: int, memory: int | None, *, slots: int, 
     if memory is None or needed.total <= memory:
         return needed
     gib = lambda n: f"{n / 2**30:.1f} GiB"  # noqa: E731
-    parts = f"{gib(weights)} weights, {gib(needed.cache)} cache, {gib(WORKSPACE)} workspace"
+    parts = f"{gib(weights)} weights, {gib(needed.cache)} cache, {gib(needed.workspace)} workspace"
     head = f"context {context} needs {gib(needed.total)} ({parts})"
     fits = largest_context(config, weights, memory, slots=slots, limit=context, dtype=dtype)
     remedy = f"context={fits} would fit" if fits else "not even the weights fit: use a smaller file or a larger device"
@@ -63,4 +102,5 @@ def most_slots(config: Config, weights: int, memory: int | None, *, wanted: int,
     if memory is None:
         return wanted
     one = cache_nbytes(config, 1, context, dtype)
-    return max(1, min(wanted, (memory - weights - WORKSPACE) // max(1, one)))
+    work = workspace(config, slots=wanted, context=context, dtype=dtype)
+    return max(1, min(wanted, (memory - weights - work) // max(1, one)))
