@@ -1,4 +1,9 @@
-"""The one exception users meet."""
+"""The one exception users meet, and what helps to say in it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
 
 
 class DS4Error(ValueError):
@@ -6,3 +11,15 @@ class DS4Error(ValueError):
 
     The command line prints it without a traceback and exits with code 2.
     """
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that an unknown one may have been meant for, if one is like it."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.52)  # "temp" is 0.53 like "temperature"
+    return near[0] if near else None
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """`nearest` as the end of a message, or nothing."""
+    near = nearest(name, known)
+    return f"; did you mean {near}?" if near else ""

@@ -18,7 +18,7 @@ from flax import nnx
 
 from ds4jax import chat, runtime, weights
 from ds4jax.chat.tokenizer import THINK_OPEN
-from ds4jax.errors import DS4Error
+from ds4jax.errors import DS4Error, suggestion
 from ds4jax.interp import capture as reading
 from ds4jax.interp import resolve
 from ds4jax.interp.interventions import Positions
@@ -116,7 +116,8 @@ def load(
       cache_quant: simulate the rounding of the quantized cache the model was trained with.
       device: where to run; default: JAX's first device.
       mtp: a second GGUF that holds the multi-token-prediction layer.
-      progress: show a progress bar; default: for large files on a terminal.
+      progress: show a progress bar, and a line while programs are compiled for long; default: a bar for large files.
+        Both on terminals only.
       verbose: say in one line on stderr which device and implementation were chosen, and why.
 
     Raises:
@@ -136,6 +137,8 @@ def load(
                 "the model nano is missing from this installation: install ds4jax again, or make it with "
                 "scripts/train_nano.py"
             )
+    elif not Path(path).expanduser().exists():
+        raise DS4Error(f"{path}: no such file or folder{suggestion(str(path), ['nano'])}")
     with weights.open_checkpoint(path, mtp=mtp) as ckpt:
         config = ckpt.config
         limit = config.max_position_embeddings
@@ -148,7 +151,9 @@ def load(
         arrays = weights.load_arrays(ckpt, platform.device, progress=bar)
         size = ckpt.nbytes
     graphdef, state = runtime.build_model(config, arrays, dtype=platform.dtype, cache_quant=cache_quant)
-    return LM(config, graphdef, state, tokenizer, platform=platform, context=context, weights_nbytes=size)
+    lm = LM(config, graphdef, state, tokenizer, platform=platform, context=context, weights_nbytes=size)
+    lm.programs.announce = progress is not False
+    return lm
 
 
 def _tokenizer(ckpt: weights.Checkpoint) -> chat.Tokenizer | None:

@@ -67,7 +67,7 @@ def program(
     MODEL is a GGUF file (or the first of a split), a checkpoint's folder from the hub, a folder that
     `ds4jax convert` wrote, or "nano".
 
-    Results go to stdout, everything else to stderr. Exit codes: 0; 2 bad input; 130 interrupted.
+    Results go to stdout, everything else to stderr. Exit codes: 0; 1 nothing succeeded; 2 bad input; 130 interrupted.
     """
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -55,7 +56,7 @@ def batch(
     Each line of INPUT is {"id", "prompt" or "messages", and any option}, or a line of OpenAI's batch files. Each gives
     one record in OUT/results-*.jsonl, or in OUT/errors.jsonl with the reason. Run the same command again to go on after
     any interruption. Ctrl-C finishes what has begun; a second one stops now. The options here are for requests that do
-    not give them.
+    not give them. Exit codes: 0 where at least one request succeeded, 1 where all failed, 2 bad input, 130 interrupted.
 
     \b
     Examples:
@@ -87,9 +88,15 @@ def batch(
         view = run_on_ray(inputs or [], make, out, how, workers=ray)
     if not quiet:
         console.table(("", ""), summary(view))
+    all_failed = view.errors > 0 and view.errors == view.done
+    if view.errors:  # even when quiet: in a pipe nothing else would tell
+        count = f"all {view.done:,}" if all_failed else f"{view.errors:,} of {view.done:,}"
+        console.note(f"{count} requests failed: {Path(out) / 'errors.jsonl'} says why, line by line", "yellow")
     if view.state != "finished":
         console.note(f"stopped at {view.done:,} of {view.total:,}: run the same command again to go on")
         raise typer.Exit(130)
+    if all_failed:
+        raise typer.Exit(1)
 
 
 def make_model(model: str, slots: int, budget: int | None, quiet: bool, load: dict[str, Any]) -> Any:

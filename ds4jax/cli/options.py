@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ds4jax.cli import console
-from ds4jax.errors import DS4Error
+from ds4jax.errors import DS4Error, suggestion
 
 if TYPE_CHECKING:
     from ds4jax.lm import LM
@@ -145,7 +145,8 @@ def model_path(model: str) -> str:
     Loading asks the same, but only after the device was started.
     """
     if model != "nano" and not Path(model).expanduser().exists():
-        hint = f'; for a prompt write: ds4jax generate nano "{model}"' if " " in model else ""
+        prompt = f'; for a prompt write: ds4jax generate nano "{model}"'
+        hint = prompt if " " in model else suggestion(model, ["nano"])
         raise DS4Error(f"{model}: no such file or folder{hint}")
     return model
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ds4jax.errors import DS4Error
+from ds4jax.errors import DS4Error, nearest
 
 MAX_SAMPLES = 128
 MAX_STOPS = 16
@@ -226,7 +226,9 @@ def _take(value: Mapping, checks: Mapping[str, Callable], options: dict[str, Any
 def _no_others(value: Mapping, known, where: str) -> None:
     unknown = [str(k) for k in value if k not in known]
     if unknown:
-        names = ", ".join(json.dumps(k) for k in unknown)
+        useful = [k for k in known if k not in _IGNORED and k not in _UNSUPPORTED]
+        meant = lambda k: f" (did you mean {json.dumps(near)}?)" if (near := nearest(k, useful)) else ""  # noqa: E731
+        names = ", ".join(json.dumps(k) + meant(k) for k in unknown)
         raise BadRecord(f"unknown field{'s' if len(unknown) > 1 else ''} {names} in {where}: remove or correct")
 
 

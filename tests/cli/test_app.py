@@ -61,6 +61,9 @@ def test_public_names_are_there_without_importing_them():
         (["inspect", "m.gguf", "--slots", "0"], "--slots"),
         (["convert", "m.gguf"], "DST"),
         (["chat", "m.gguf", "surplus"], "surplus"),
+        (["generate", "nanoo", "x"], "nanoo: no such file or folder; did you mean nano?"),
+        (["inspect", "Nano"], "did you mean nano?"),
+        (["generate", "Once upon a time"], 'for a prompt write: ds4jax generate nano "Once upon a time"'),
     ],
 )
 def test_wrong_command_lines(refused, args, said):

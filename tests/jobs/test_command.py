@@ -40,13 +40,31 @@ def ds4jax(monkeypatch, capsys):
 def test_a_job_and_its_summary(ds4jax, tmp_path):
     path = write(tmp_path / "a.jsonl", [b'{"id": 1, "prompt": "x"}', b'{"id": 2, "promt": "x"}'])
     code, out, err = ds4jax("batch", path, "-o", tmp_path / "out", "--slots", 3, "--cache", 0.5, "--dtype", "float32")
-    assert code == 0 and err == ""
+    note = f"1 of 2 requests failed: {tmp_path / 'out' / 'errors.jsonl'} says why, line by line\n"
+    assert code == 0 and err == note
     assert re.search(r"requests +2 of 2\n", out) and re.search(r"errors +1\n", out)
     ((model, slots, budget, quiet, options),) = ds4jax.made
     assert (model, slots, budget, quiet, options["dtype"]) == ("nano", 3, 2**29, False, "float32")
     assert sorted(load(tmp_path / "out")) == [0, 1]
     code, out, err = ds4jax("batch", "-o", tmp_path / "out", "-q", "--dtype", "float32")
-    assert (code, out, err) == (0, "", "")
+    assert (code, out, err) == (0, "", note)
+
+
+@pytest.mark.parametrize(
+    "lines, wanted, said",
+    [
+        (['{"prompt": "x"}', '{"prompt": "y"}'], 0, ""),
+        (['{"prompt": "x"}', "{"], 0, "1 of 2 requests failed: "),
+        (['{"promt": "x"}', "{"], 1, "all 2 requests failed: "),
+        ([], 0, ""),
+    ],
+)
+def test_exit_code_and_last_line_tell_whether_anything_failed(ds4jax, tmp_path, lines, wanted, said):
+    path = write(tmp_path / "a.jsonl", [line.encode() for line in lines])
+    for _ in range(2):  # run, and found to be done
+        code, out, err = ds4jax("batch", path, "-o", tmp_path / "out", "--quiet")
+        assert (code, out) == (wanted, "")
+        assert err == (f"{said}{tmp_path / 'out' / 'errors.jsonl'} says why, line by line\n" if said else "")
 
 
 def test_stdin(ds4jax, tmp_path):

@@ -132,6 +132,7 @@ def test_nano_is_the_packages_own_file(monkeypatch, gguf_path):
 
 def test_damaged_and_foreign_files(tmp_path, gguf_path, config, arrays, tokenizer):
     refuse(tmp_path / "none.gguf", "none.gguf: no such file")
+    refuse("nanoo", "nanoo: no such file or folder; did you mean nano?")
     whole = gguf_path.read_bytes()
     for name, content in (
         ("empty.gguf", b""),
