@@ -32,7 +32,8 @@ def mixed(n: int, seed: int = 0) -> list[dict[str, Any]]:
     out: list[dict[str, Any]] = []
     for i in range(n):
         text = " ".join(rng.choices(WORDS, k=rng.randint(1, 20)))
-        options: dict[str, Any] = {"max_tokens": rng.randint(1, 12), "temperature": rng.choice([0, 0.7, 1.0])}
+        length = rng.randint(32, 64) if rng.random() < 0.02 else min(24, 1 + int(rng.expovariate(1 / 6)))
+        options: dict[str, Any] = {"max_tokens": length, "temperature": rng.choice([0, 0.7, 1.0])}
         options |= rng.choice([{}, {"seed": rng.randrange(2**32)}, {"top_k": 20}, {"n": 2}, {"stop": ["."]}])
         messages = [{"role": "user", "content": text}]
         kind = rng.random()
@@ -71,10 +72,30 @@ def check(out: Path, requests: list[dict[str, Any]]) -> dict[str, int]:
     return dict(missing=len(requests) - len(seen), twice=twice, torn=torn, wrong_ids=wrong, errors=errors)
 
 
-def soak(folder: Path, *, requests: int, kills: int, slots: int = 64, seconds: float = 1e9) -> dict[str, Any]:
-    """Run a job in processes of its own, killing each at a random moment of its work, then to its end.
+def texts(out: Path) -> dict[int, list]:
+    """Of each result, by index, the tokens of its samples where it says them, else their texts."""
+    found = {}
+    for path in sorted(out.glob("results-*.jsonl")):
+        for line in path.read_bytes().splitlines():
+            r = json.loads(line)
+            if r.get("response"):
+                choices = r["response"]["body"]["choices"]
+                found[r["index"]] = [c["message"]["content"] if "message" in c else c["text"] for c in choices]
+            else:
+                found[r["index"]] = [s["tokens"] for s in r.get("samples", [r])]
+    return found
 
-    seconds: stop killing after this long.
+
+def soak(
+    folder: Path, *, requests: int, kills: int, slots: int = 64, seconds: float = 1e9, pause: float = 2.0,
+    undisturbed: Path | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Run a job in processes of its own, killing each at a random moment, then to its end.
+
+    One in four dies at any moment of its first seconds, which may be before it has read what is there; the others when
+    they have written something, after `pause` seconds on average.
+
+    seconds: stop killing after this long. undisturbed: the folder of a run without kills, whose texts are compared.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lines, rng, killed = mixed(requests), random.Random(1), 0
@@ -84,29 +105,41 @@ def soak(folder: Path, *, requests: int, kills: int, slots: int = 64, seconds: f
         sys.executable, "-m", "ds4jax", "batch", str(folder / "in.jsonl"), "-o", str(out), "--slots", str(slots),
         "--context", str(CONTEXT), "--device", "cpu", "--quiet",
     ]  # fmt: skip
-    moments = []
+    fresh = torn = early = 0  # kills that cost records in the making or a torn line; those before anything was written
     while True:
         before = _size(out)
         run = subprocess.Popen(command, stdin=subprocess.DEVNULL)
         if killed < kills and time.monotonic() - start < seconds:
-            while run.poll() is None and _size(out) == before:  # it has begun to write
+            at_once = rng.random() < 0.25
+            wait = rng.uniform(0, 15) if at_once else rng.expovariate(1 / pause)
+            while not at_once and run.poll() is None and _size(out) == before:  # it has begun to write
                 time.sleep(0.02)
             try:
-                run.wait(rng.expovariate(1 / 2.0))
+                run.wait(wait)
             except subprocess.TimeoutExpired:
                 os.kill(run.pid, signal.SIGKILL)
                 run.wait()
                 killed += 1
-                moments.append(_size(out) - before)
+                written = _size(out) > before
+                fresh, early = fresh + written, early + (not written)
+                torn += any(p.read_bytes()[-1:] not in (b"", b"\n") for p in out.glob("*.jsonl"))
+                if killed % 10 == 0:
+                    print(f"{killed} kills, {_size(out):,} bytes, {time.monotonic() - start:.0f} s", file=sys.stderr)
                 continue
-        if run.wait() == 0:
+        if run.wait() in (0, 1) and (out / "summary.json").exists():
             break
         raise SystemExit(f"the job failed with exit code {run.returncode}")
     summary = json.loads((out / "summary.json").read_text())
-    return dict(
-        requests=requests, kills=killed, **check(out, lines), bytes_between_kills=moments[:5],
-        seconds=round(time.monotonic() - start), output_tokens_of_the_last_run=summary["tokens"]["output"],
+    figures = dict(
+        requests=requests, kills=killed, **check(out, lines), kills_while_writing=fresh, kills_before_that=early,
+        torn_when_killed=torn, seconds=round(time.monotonic() - start),
+        output_tokens_of_the_last_run=summary["tokens"]["output"],
     )  # fmt: skip
+    if undisturbed is not None:
+        a, b = texts(out), texts(undisturbed / "out")
+        figures["texts_other_than_undisturbed"] = sum(a[i] != b[i] for i in a.keys() & b.keys())
+        figures["compared"] = len(a.keys() & b.keys())
+    return figures
 
 
 def _size(out: Path) -> int:
@@ -195,12 +228,17 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--slots", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=1e9, help="stop killing after this long")
+    parser.add_argument("--pause", type=float, default=2.0, help="seconds from a run's first record to its end, mean")
     parser.add_argument("--folder", help="default: a temporary one")
+    parser.add_argument("--undisturbed", help="the --folder of a run with --kills 0, to compare texts with")
     args = parser.parse_args()
     if args.what == "kills":
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(args.folder or temporary)
-            figures = soak(folder, requests=args.requests, kills=args.kills, slots=args.slots, seconds=args.seconds)
+            figures = soak(
+                folder, requests=args.requests, kills=args.kills, slots=args.slots, seconds=args.seconds,
+                pause=args.pause, undisturbed=Path(args.undisturbed) if args.undisturbed else None,
+            )  # fmt: skip
     else:
         figures = {"company": company, "memory": memory}[args.what](requests=args.requests, slots=args.slots)
     print(json.dumps(figures))
