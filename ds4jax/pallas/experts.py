@@ -1,13 +1,18 @@
-"""Routed experts of a few tokens: every chosen expert's rows are read where they lie in the stack.
+"""Routed experts by byte products: every chosen expert's rows are read where they lie in the stack.
 
 Two kernels a layer: gate, up, activation and routing weight in one; down in the other, one partial row per
 (token, expert), which XLA adds up. A program takes some rows of one expert, so that a single token fills the device.
+
+For a few tokens each assignment (token, expert) is a program's. For a batch, assignments are sorted by expert and a
+program multiplies what it decodes with up to `Tuning.tokens` of one expert's: decoding costs about as much as the
+products of four of them.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +48,20 @@ class Stack:
         named = dict(zip(self.parts, refs, strict=False))
         return decode.Tile(named, rows, refs[len(named)] if len(refs) > len(named) else None)
 
+    def products(
+        self, refs: tuple[Any, ...], rows: Array, width: int, units: int, x_refs: tuple[Any, Any, Any],
+        x_rows: list[Any], digits: int,
+    ) -> list[Array]:  # fmt: skip
+        """Rows of the stack times rows `x_rows` of the digits in `x_refs`, by bytes: one float32 [R] each."""
+        tile = self.tile(refs, rows)
+        return matvec.row_products(self.format, tile, width, units, x_refs, x_rows, digits, self.codebook)
+
+
+def _digits(x: Array, digits: int) -> list[Array]:
+    """The activations [rows, K] as kernels take them: words [rows · digits, K/4], scale and sums."""
+    xs = activations.split(x, digits)
+    return [xs.words.reshape(-1, x.shape[-1] // 4), xs.scale, xs.sums]
+
 
 def _check(tokens: int, width: int, *stacks: Stack) -> None:
     if not 1 <= tokens <= MAX_TOKENS:
@@ -63,28 +82,24 @@ def swiglu(
     """`quant.expert_swiglu` for 1 to 8 tokens: x[T, D], ids and weights [T, k] → h[T, k, F] in x's dtype."""
     (T, D), k, F = x.shape, ids.shape[1], gate.out
     _check(T, D, gate, up)
-    tuning = tuning or tuned.lookup("swiglu", gate.format, D)
+    tuning = tuning or tuned.lookup("swiglu", gate.format, F, D)
     digits = activations.digits_for(x.dtype)
-    xs = activations.split(x, digits)
     R = min(tuning.rows, matvec.power_of_two(F))
-    first, second = gate.arguments(), up.arguments()
+    first = len(gate.arguments())
 
     def kernel(ids_ref, weights_ref, *refs):
-        x_refs, out_ref = refs[:3], refs[-1]
-        gate_refs, up_refs = refs[3 : 3 + len(first)], refs[3 + len(first) : -1]
+        x_refs, stack_refs, out_ref = refs[:3], refs[3:-1], refs[-1]
         n = pl.program_id(0)
         row = pl.program_id(1) * R + jnp.arange(R, dtype=jnp.int32)
         rows = ids_ref[n] * F + (jnp.minimum(row, F - 1) if F % R else row)
         sums = []
-        for stack, stack_refs in ((gate, gate_refs), (up, up_refs)):
-            sums += matvec.row_products(
-                stack.format, stack.tile(stack_refs, rows), D, tuning.units, x_refs, [n // k], digits, stack.codebook
-            )
+        for stack, its in ((gate, stack_refs[:first]), (up, stack_refs[first:])):
+            sums += stack.products(its, rows, D, tuning.units, x_refs, [n // k], digits)
         lo.store(out_ref, (n, row), activation(*sums, weights_ref[n], limit), mask=row < F)
 
     h = lo.call(
         kernel, jax.ShapeDtypeStruct((T * k, F), x.dtype), ids.reshape(-1), weights.reshape(-1),
-        xs.words.reshape(-1, D // 4), xs.scale, xs.sums, *first, *second, grid=(T * k, -(-F // R)), tuning=tuning,
+        *_digits(x, digits), *gate.arguments(), *up.arguments(), grid=(T * k, -(-F // R)), tuning=tuning,
         name=f"swiglu_{gate.format.lower()}",
     )  # fmt: skip
     return h.reshape(T, k, F)
@@ -94,24 +109,133 @@ def down(h: Array, stack: Stack, ids: Array, tuning: lo.Tuning | None = None) ->
     """`quant.expert_down` for 1 to 8 tokens: h[T, k, F], ids[T, k] → y[T, D] in h's dtype."""
     (T, k, F), D = h.shape, stack.out
     _check(T, F, stack)
-    tuning = tuning or tuned.lookup("down", stack.format, F)
+    tuning = tuning or tuned.lookup("down", stack.format, D, F)
     digits = activations.digits_for(h.dtype)
-    hs = activations.split(h.reshape(T * k, F), digits)
     R = min(tuning.rows, matvec.power_of_two(D))
-    arguments = stack.arguments()
 
     def kernel(ids_ref, *refs):
         x_refs, stack_refs, out_ref = refs[:3], refs[3:-1], refs[-1]
         n = pl.program_id(0)
         row = pl.program_id(1) * R + jnp.arange(R, dtype=jnp.int32)
         rows = ids_ref[n] * D + (jnp.minimum(row, D - 1) if D % R else row)
-        (y,) = matvec.row_products(
-            stack.format, stack.tile(stack_refs, rows), F, tuning.units, x_refs, [n], digits, stack.codebook
-        )
+        (y,) = stack.products(stack_refs, rows, F, tuning.units, x_refs, [n], digits)
         lo.store(out_ref, (n, row), y, mask=row < D)
 
     y = lo.call(
-        kernel, jax.ShapeDtypeStruct((T * k, D), jnp.float32), ids.reshape(-1), hs.words.reshape(-1, F // 4), hs.scale,
-        hs.sums, *arguments, grid=(T * k, -(-D // R)), tuning=tuning, name=f"down_{stack.format.lower()}",
+        kernel, jax.ShapeDtypeStruct((T * k, D), jnp.float32), ids.reshape(-1),
+        *_digits(h.reshape(T * k, F), digits), *stack.arguments(), grid=(T * k, -(-D // R)), tuning=tuning,
+        name=f"down_{stack.format.lower()}",
+    )  # fmt: skip
+    return jnp.sum(y.reshape(T, k, D), axis=1).astype(h.dtype)
+
+
+# ---- batches ---------------------------------------------------------------------------------------------------------
+
+
+class Schedule(NamedTuple):
+    """Assignments n = t·k + j sorted by expert, in tiles of M.
+
+    order: int32 [N + M], assignments by expert, padded with 0. expert, start, count: int32 [tiles]: a tile's expert,
+    its first place in `order`, and how many of its rows are in use (0: an unused tile).
+    """
+
+    order: Array
+    expert: Array
+    start: Array
+    count: Array
+
+
+def schedule(ids: Array, experts: int, M: int) -> Schedule:
+    """ids: int32 [T, k]. The number of tiles depends on shapes alone: N assignments make at most N // M full tiles, and
+    min(experts, N) partly filled ones."""
+    flat = ids.reshape(-1)
+    N = flat.shape[0]
+    order = jnp.pad(jnp.argsort(flat).astype(jnp.int32), (0, M))
+    counts = jnp.sum(flat[:, None] == np.arange(experts), axis=0, dtype=jnp.int32)
+    starts = jnp.cumsum(counts) - counts
+    tiles = -(-counts // M)
+    ends = jnp.cumsum(tiles)
+    tile = np.arange(N // M + min(experts, N), dtype=np.int32)
+    expert = jnp.minimum(jnp.sum(tile[:, None] >= ends, axis=1, dtype=jnp.int32), experts - 1)
+    nth = tile - (ends - tiles)[expert]
+    count = jnp.clip(counts[expert] - nth * M, 0, M)
+    return Schedule(order, expert, starts[expert] + nth * M, jnp.where(tile < ends[-1], count, 0))
+
+
+def _by_width(M: int, count: Array, body: Callable[[int], None]) -> None:
+    """body(width) for the power of two up to M that holds `count` assignments; nothing where there are none."""
+    for width in (1 << i for i in range(M.bit_length())):
+        pl.when((count > width // 2) & (count <= width))(lambda width=width: body(width))
+
+
+def grouped_swiglu(
+    x: Array, gate: Stack, up: Stack, ids: Array, weights: Array, limit: float, tuning: lo.Tuning | None = None
+) -> Array:
+    """`quant.expert_swiglu` for a batch: x[T, D], ids and weights [T, k] → h[T, k, F] in x's dtype."""
+    (T, D), k, F, E = x.shape, ids.shape[1], gate.out, gate.parts["codes"].shape[0]
+    for stack in (gate, up):
+        matvec.fits(stack.format, D)
+    tuning = tuning or tuned.lookup("bytes", gate.format, F, D)
+    digits = activations.digits_for(x.dtype)
+    R, M = min(tuning.rows, matvec.power_of_two(F)), min(tuning.tokens, matvec.power_of_two(T * k))
+    first = len(gate.arguments())
+
+    def kernel(weights_ref, order_ref, expert_ref, start_ref, count_ref, *refs):
+        x_refs, stack_refs, out_ref = refs[:3], refs[3:-1], refs[-1]
+        row = pl.program_id(0) * R + jnp.arange(R, dtype=jnp.int32)
+        i = pl.program_id(1)
+        start, count = start_ref[i], count_ref[i]
+
+        def tile(width):
+            rows = expert_ref[i] * F + (jnp.minimum(row, F - 1) if F % R else row)
+            ns = [order_ref[start + j] for j in range(width)]
+            tokens = [n // k for n in ns]
+            gates, ups = (
+                stack.products(its, rows, D, tuning.units, x_refs, tokens, digits)
+                for stack, its in ((gate, stack_refs[:first]), (up, stack_refs[first:]))
+            )
+            for j, (n, *sums) in enumerate(zip(ns, gates, ups, strict=True)):
+                lo.store(out_ref, (n, row), activation(*sums, weights_ref[n], limit), mask=(row < F) & (j < count))
+
+        _by_width(M, count, tile)
+
+    plan = schedule(ids, E, M)
+    h = lo.call(
+        kernel, jax.ShapeDtypeStruct((T * k, F), x.dtype), weights.reshape(-1), *plan, *_digits(x, digits),
+        *gate.arguments(), *up.arguments(), grid=(-(-F // R), plan.expert.shape[0]), tuning=tuning,
+        name=f"bytes_swiglu_{gate.format.lower()}",
+    )  # fmt: skip
+    return h.reshape(T, k, F)
+
+
+def grouped_down(h: Array, stack: Stack, ids: Array, tuning: lo.Tuning | None = None) -> Array:
+    """`quant.expert_down` for a batch: h[T, k, F], ids[T, k] → y[T, D] in h's dtype."""
+    (T, k, F), D, E = h.shape, stack.out, stack.parts["codes"].shape[0]
+    matvec.fits(stack.format, F)
+    tuning = tuning or tuned.lookup("bytes", stack.format, D, F)
+    digits = activations.digits_for(h.dtype)
+    R, M = min(tuning.rows, matvec.power_of_two(D)), min(tuning.tokens, matvec.power_of_two(T * k))
+
+    def kernel(order_ref, expert_ref, start_ref, count_ref, *refs):
+        x_refs, stack_refs, out_ref = refs[:3], refs[3:-1], refs[-1]
+        row = pl.program_id(0) * R + jnp.arange(R, dtype=jnp.int32)
+        i = pl.program_id(1)
+        start, count = start_ref[i], count_ref[i]
+
+        def tile(width):
+            rows = expert_ref[i] * D + (jnp.minimum(row, D - 1) if D % R else row)
+            ns = [order_ref[start + j] for j in range(width)]
+            for j, (n, y) in enumerate(
+                zip(ns, stack.products(stack_refs, rows, F, tuning.units, x_refs, ns, digits), strict=True)
+            ):
+                lo.store(out_ref, (n, row), y, mask=(row < D) & (j < count))
+
+        _by_width(M, count, tile)
+
+    plan = schedule(ids, E, M)
+    y = lo.call(
+        kernel, jax.ShapeDtypeStruct((T * k, D), jnp.float32), *plan, *_digits(h.reshape(T * k, F), digits),
+        *stack.arguments(), grid=(-(-D // R), plan.expert.shape[0]), tuning=tuning,
+        name=f"bytes_down_{stack.format.lower()}",
     )  # fmt: skip
     return jnp.sum(y.reshape(T, k, D), axis=1).astype(h.dtype)

@@ -10,8 +10,7 @@ most one partly filled tile an expert.
 
 from __future__ import annotations
 
-import os
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +19,10 @@ from jax.experimental import pallas as pl
 
 from ds4jax.pallas import decode, matvec, tuned
 from ds4jax.pallas import lowering as lo
-from ds4jax.pallas.experts import Stack, activation
+from ds4jax.pallas.experts import Stack, activation, schedule
 
 Array = jax.Array
 
-UNCHECKED = {"Q8_0"}  # left to XLA until scripts/check_gpu.py has passed with DS4JAX_UNCHECKED_KERNELS=1
 MAX_ROWS = 256  # from here on, expanding the weight once and a plain product is faster
 
 
@@ -33,8 +31,6 @@ def _check(dtype: Any, K: int, *formats: str) -> None:
         raise NotImplementedError(f"tensor-core kernels take bfloat16 activations, not {np.dtype(dtype)}")
     for format in formats:
         matvec.fits(format, K)
-        if format in UNCHECKED and not (lo.interpreting() or os.environ.get("DS4JAX_UNCHECKED_KERNELS")):
-            raise NotImplementedError(f"the {format} kernel has not been checked on a GPU since it was last changed")
 
 
 def _in_kernel_order(x: Array, format: str, units: int) -> Array:
@@ -94,7 +90,7 @@ def matmul(
     N, K = x.shape[0], x.shape[-1]
     G, out = (x.shape[1] if stacked else 1), parts["codes"].shape[-2]
     _check(x.dtype, K, format)
-    tuning = tuning or tuned.lookup("dense", format, K)
+    tuning = tuning or tuned.lookup("dense", format, out, K)
     R = max(16, min(tuning.rows, matvec.power_of_two(out)))
     M = max(16, min(tuning.tokens, matvec.power_of_two(N)))
     units = _units(format, K, tuning.units)
@@ -123,36 +119,6 @@ def matmul(
 # ---- routed experts --------------------------------------------------------------------------------------------------
 
 
-class Schedule(NamedTuple):
-    """Assignments n = t·k + j sorted by expert, in tiles of M.
-
-    order: int32 [N + M], assignments by expert, padded with 0. expert, start, count: int32 [tiles]: a tile's expert,
-    its first place in `order`, and how many of its rows are in use (0: an unused tile).
-    """
-
-    order: Array
-    expert: Array
-    start: Array
-    count: Array
-
-
-def schedule(ids: Array, experts: int, M: int) -> Schedule:
-    """ids: int32 [T, k]. The number of tiles depends on shapes alone: N assignments make at most N // M full tiles, and
-    min(experts, N) partly filled ones."""
-    flat = ids.reshape(-1)
-    N = flat.shape[0]
-    order = jnp.pad(jnp.argsort(flat).astype(jnp.int32), (0, M))
-    counts = jnp.sum(flat[:, None] == np.arange(experts), axis=0, dtype=jnp.int32)
-    starts = jnp.cumsum(counts) - counts
-    tiles = -(-counts // M)
-    ends = jnp.cumsum(tiles)
-    tile = np.arange(N // M + min(experts, N), dtype=np.int32)
-    expert = jnp.minimum(jnp.sum(tile[:, None] >= ends, axis=1, dtype=jnp.int32), experts - 1)
-    nth = tile - (ends - tiles)[expert]
-    count = jnp.clip(counts[expert] - nth * M, 0, M)
-    return Schedule(order, expert, starts[expert] + nth * M, jnp.where(tile < ends[-1], count, 0))
-
-
 def grouped_swiglu(
     x: Array, gate: Stack, up: Stack, ids: Array, weights: Array, limit: float, tuning: lo.Tuning | None = None
 ) -> Array:
@@ -161,7 +127,7 @@ def grouped_swiglu(
     _check(x.dtype, D, gate.format, up.format)
     if gate.format != up.format:
         raise NotImplementedError(f"gate in {gate.format} and up in {up.format}")
-    tuning = tuning or tuned.grouped(gate.format, D, T * k, gate.parts["codes"].shape[0])
+    tuning = tuning or tuned.grouped(gate.format, F, D, T * k, gate.parts["codes"].shape[0])
     R, M = max(16, min(tuning.rows, matvec.power_of_two(F))), tuning.tokens
     units = _units(gate.format, D, tuning.units)
     plan = schedule(ids, gate.parts["codes"].shape[0], M)
@@ -198,7 +164,7 @@ def grouped_down(h: Array, stack: Stack, ids: Array, tuning: lo.Tuning | None = 
     """`quant.expert_down` for many tokens, bfloat16."""
     (T, k, F), D = h.shape, stack.out
     _check(h.dtype, F, stack.format)
-    tuning = tuning or tuned.grouped(stack.format, F, T * k, stack.parts["codes"].shape[0])
+    tuning = tuning or tuned.grouped(stack.format, D, F, T * k, stack.parts["codes"].shape[0])
     R, M = max(16, min(tuning.rows, matvec.power_of_two(D))), tuning.tokens
     units = _units(stack.format, F, tuning.units)
     plan = schedule(ids, stack.parts["codes"].shape[0], M)

@@ -130,7 +130,7 @@ def matvec(
     fits(format, K)
     if not 1 <= N <= MAX_ROWS:
         raise NotImplementedError(f"{N} rows of activations; this kernel takes 1 to {MAX_ROWS}")
-    tuning = tuning or tuned.matvec(format, N, out, K)
+    tuning = tuning or tuned.matvec(format, N, G * out, K)
     digits = activations.digits_for(x.dtype)
     xs = activations.split(x.reshape(N * G, K), digits)  # row n·G + g
     names, arrays = flat_parts(parts)
@@ -141,8 +141,8 @@ def matvec(
         words, scale, sums, *part_refs = refs[: 3 + len(arrays)]
         table_ref = refs[3 + len(arrays)] if table else None
         out_ref = refs[-1]
-        g = pl.program_id(0)
-        row = pl.program_id(1) * R + jnp.arange(R, dtype=jnp.int32)
+        g = pl.program_id(1)
+        row = pl.program_id(0) * R + jnp.arange(R, dtype=jnp.int32)
         inside = jnp.minimum(row, out - 1) if out % R else row
         tile = decode.Tile(dict(zip(names, part_refs, strict=True)), g * out + inside, table_ref)
         rows = [n * G + g for n in range(N)]
@@ -152,6 +152,6 @@ def matvec(
 
     y = lo.call(
         kernel, jax.ShapeDtypeStruct((N * G, out), out_dtype), xs.words.reshape(-1, K // 4), xs.scale, xs.sums, *arrays,
-        *table, grid=(G, -(-out // R)), tuning=tuning, name=f"matvec_{format.lower()}_{N}",
+        *table, grid=(-(-out // R), G), tuning=tuning, name=f"matvec_{format.lower()}_{N}",
     )  # fmt: skip
     return y.reshape(N, G, out) if stacked else y

@@ -1,7 +1,8 @@
 """Shapes of work that were measured to be fast, by device; sensible ones where nothing was measured.
 
-`tuned.json` beside this file: {device kind: {operation: {"format" or "format/input width": {field of Tuning:
-number}}}}, written by `scripts/tune_kernels.py`.
+`tuned.json` beside this file: {device kind: {operation: {key: {field of Tuning: number}}}}, written by
+`scripts/tune_kernels.py`. key: the first that is there of "format/outxin" (of a stack: of one matrix, or for
+`matvec` of all together), "format/in" and "format".
 """
 
 from __future__ import annotations
@@ -11,18 +12,22 @@ import functools
 import json
 from pathlib import Path
 
-from ds4jax.pallas.decode import DECODERS
 from ds4jax.pallas.lowering import Tuning, device_kind
 
 FILE = Path(__file__).with_name("tuned.json")
 
+# Matrix-vector products: one warp a program, each thread a unit at a time, few rows. Many small programs hide the
+# memory's latency better than large ones, and their sums meet within the warp.
 _DEFAULT = {
-    "matvec": Tuning(rows=4, units=128, warps=4),
-    "swiglu": Tuning(rows=4, units=128, warps=4),
-    "down": Tuning(rows=8, units=128, warps=4),
+    "matvec": Tuning(rows=2, units=32, warps=1),
+    "swiglu": Tuning(rows=4, units=32, warps=1),
+    "down": Tuning(rows=4, units=32, warps=1),
+    "bytes": Tuning(rows=4, units=32, warps=1, tokens=4),
     "dense": Tuning(rows=64, units=8, warps=4, stages=2, tokens=64),
     "grouped": Tuning(rows=64, units=8, warps=4, stages=2, tokens=64),
 }
+
+BYTES_UP_TO = 8  # assignments an expert, on average, up to which a batch's experts go by byte products
 
 
 @functools.cache
@@ -38,33 +43,38 @@ def _here() -> dict:
         return {}
 
 
-def lookup(operation: str, format: str, K: int) -> Tuning:
-    """The shape of work for an operation on weights [.., K] of `format`, on JAX's default device."""
+def lookup(operation: str, format: str, out: int, K: int) -> Tuning:
+    """The shape of work for an operation on weights [.., out, K] of `format`, on JAX's default device."""
+    fields = _found(operation, format, out, K)
+    return Tuning(**fields) if fields else _DEFAULT[operation]
+
+
+def _found(operation: str, format: str, out: int, K: int) -> dict | None:
     measured = _here().get(operation, {})
-    fields = measured.get(f"{format}/{K}") or measured.get(format)
-    return Tuning(**fields) if fields else _default(operation, format, K)
-
-
-def _default(operation: str, format: str, K: int) -> Tuning:
-    t = _DEFAULT[operation]
-    if operation in ("dense", "grouped"):
-        return t
-    # a unit for each thread: then loads of all parts and of the activations have one layout
-    units = max(32, min(32 * t.warps, 1 << (K // DECODERS[format].unit - 1).bit_length()))
-    return dataclasses.replace(t, units=units, warps=units // 32)
+    return next((measured[key] for key in (f"{format}/{out}x{K}", f"{format}/{K}", format) if key in measured), None)
 
 
 def matvec(format: str, N: int, out: int, K: int) -> Tuning:
-    """As `lookup`, narrowed to few rows where a matrix would not fill the device, and where there are many sums."""
-    t = lookup("matvec", format, K)
-    rows = t.rows
-    while rows > 1 and (out // rows < 128 or rows * N > 32):
+    """As `lookup`, for N rows of activations and `out` rows of weights in all: few rows where there are many sums, and
+    where nothing was measured, enough programs to fill a device."""
+    t = lookup("matvec", format, out, K)
+    rows, programs = t.rows, 0
+    if not _found("matvec", format, out, K):
+        programs = 2048
+        if out < programs:
+            t = dataclasses.replace(t, units=64, warps=2)
+    while rows > 1 and (out // rows < programs or rows * N > 32):
         rows //= 2
     return dataclasses.replace(t, rows=rows)
 
 
-def grouped(format: str, K: int, assignments: int, experts: int) -> Tuning:
+def grouped(format: str, out: int, K: int, assignments: int, experts: int) -> Tuning:
     """As `lookup`, with tiles of tokens about as long as an expert's mean run."""
-    t = lookup("grouped", format, K)
+    t = lookup("grouped", format, out, K)
     mean = max(1, assignments // experts)
     return dataclasses.replace(t, tokens=max(16, min(t.tokens, 1 << (mean - 1).bit_length())))
+
+
+def by_bytes(format: str, assignments: int, experts: int) -> bool:
+    """Whether a batch's experts go by byte products rather than on tensor cores."""
+    return assignments <= experts * _here().get("bytes_up_to", {}).get(format, BYTES_UP_TO)

@@ -25,7 +25,7 @@ from jax import lax
 
 from ds4jax.errors import DS4Error
 from ds4jax.pallas import experts as few
-from ds4jax.pallas import lowering, matrix
+from ds4jax.pallas import lowering, matrix, tuned
 from ds4jax.quant import api
 from ds4jax.quant.array import QuantizedArray
 from ds4jax.quant.decode import dequantize
@@ -352,9 +352,15 @@ def _stack(w: QuantizedArray) -> few.Stack:
     return few.Stack(w.parts, w.format, codebook(w.format))
 
 
+def _by_bytes(w: QuantizedArray, ids: jax.Array) -> bool:
+    return tuned.by_bytes(w.format, ids.size, w.shape[0])
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _kernel_swiglu(x, gate, up, ids, weights, limit):
-    run = few.swiglu if x.shape[0] <= few.MAX_TOKENS else matrix.grouped_swiglu
+    run = few.grouped_swiglu if _by_bytes(gate, ids) else matrix.grouped_swiglu
+    if x.shape[0] <= few.MAX_TOKENS:
+        run = few.swiglu
     return run(x, _stack(gate), _stack(up), ids, weights, limit)
 
 
@@ -367,7 +373,9 @@ _kernel_swiglu.defvjp(_kernel_swiglu_fwd, _swiglu_bwd)
 
 @jax.custom_vjp
 def _kernel_down(h, down, ids):
-    run = few.down if h.shape[0] <= few.MAX_TOKENS else matrix.grouped_down
+    run = few.grouped_down if _by_bytes(down, ids) else matrix.grouped_down
+    if h.shape[0] <= few.MAX_TOKENS:
+        run = few.down
     return run(h, _stack(down), ids)
 
 

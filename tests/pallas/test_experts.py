@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ds4jax import quant
-from ds4jax.pallas import experts, lowering, matrix
+from ds4jax.pallas import decode, experts, lowering, matrix, tuned
 from ds4jax.quant.matmul import codebook
 from tests.pallas.tensors import FORMATS, activations, error, weight
 
@@ -15,6 +15,8 @@ LIMIT = 2.0
 SCALE = 0.05  # products of about 1: an exponential makes a small relative error of a large one great
 SMALL = lowering.Tuning(rows=8, units=4)
 TILE = lowering.Tuning(rows=16, units=2, tokens=16)
+BATCH = lowering.Tuning(rows=4, units=4, tokens=2)
+GRIDS = [name for name, decoder in decode.DECODERS.items() if decoder.codebook == "grid"]
 
 
 def choices(rng, tokens, which="random"):
@@ -62,9 +64,30 @@ def test_grouped(rng, tokens, which):
     check_down(rng, tokens, ids, matrix.grouped_down, TILE)
 
 
+@pytest.mark.parametrize("tokens, which", [(9, "random"), (11, "one expert"), (23, "the ends")])
+def test_batches_by_byte_products(rng, tokens, which):
+    ids = choices(rng, tokens, which)
+    check_swiglu(rng, tokens, ids, experts.grouped_swiglu, BATCH)
+    check_down(rng, tokens, ids, experts.grouped_down, BATCH, tolerance=1e-5, dtype=jnp.float32)
+
+
+@pytest.mark.parametrize("name", [*GRIDS, "Q2_K"])
+def test_batches_by_byte_products_of_codebooks(rng, name):
+    ids = choices(rng, 10)
+    check_swiglu(rng, 10, ids, experts.grouped_swiglu, BATCH, (name, name))
+    check_down(rng, 10, ids, experts.grouped_down, BATCH, name)
+
+
+@pytest.mark.parametrize("M", [1, 4])
+def test_any_number_of_assignments_a_program(rng, M):
+    ids = choices(rng, 9, "the ends")
+    check_down(rng, 9, ids, experts.grouped_down, lowering.Tuning(rows=16, units=4, tokens=M))
+
+
 def test_gate_and_up_of_different_formats(rng):
     ids = choices(rng, 2)
     check_swiglu(rng, 2, ids, experts.swiglu, SMALL, ("IQ2_XXS", "Q2_K"))
+    check_swiglu(rng, 2, ids, experts.grouped_swiglu, BATCH, ("IQ2_XXS", "Q2_K"))
     with pytest.raises(NotImplementedError, match="gate in Q4_K and up in Q2_K"):
         check_swiglu(rng, 20, choices(rng, 20), matrix.grouped_swiglu, TILE, ("Q4_K", "Q2_K"))
 
@@ -73,7 +96,8 @@ def test_gate_and_up_of_different_formats(rng):
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format(rng, name):
     for tokens, swiglu, down, tuning in (
-        (2, experts.swiglu, experts.down, SMALL), (20, matrix.grouped_swiglu, matrix.grouped_down, TILE)
+        (2, experts.swiglu, experts.down, SMALL), (9, experts.grouped_swiglu, experts.grouped_down, BATCH),
+        (20, matrix.grouped_swiglu, matrix.grouped_down, TILE),
     ):  # fmt: skip
         ids = choices(rng, tokens)
         check_swiglu(rng, tokens, ids, swiglu, tuning, (name, name))
@@ -81,10 +105,11 @@ def test_every_format(rng, name):
 
 
 @pytest.mark.parametrize("which", ["random", "one expert", "the ends"])
+@pytest.mark.parametrize("M", [4, 16])
 @pytest.mark.parametrize("tokens", [1, 7, 50])
-def test_schedule_covers_every_assignment_once(rng, tokens, which):
-    ids, M = choices(rng, tokens, which), 16
-    plan = jax.jit(lambda ids: matrix.schedule(ids, E, M))(ids)
+def test_schedule_covers_every_assignment_once(rng, tokens, which, M):
+    ids = choices(rng, tokens, which)
+    plan = jax.jit(lambda ids: experts.schedule(ids, E, M))(ids)
     seen = []
     for expert, start, count in zip(*(np.asarray(a) for a in plan[1:]), strict=True):
         assert 0 <= count <= M
@@ -95,9 +120,13 @@ def test_schedule_covers_every_assignment_once(rng, tokens, which):
     assert len(plan.expert) <= ids.size // M + min(E, ids.size)
 
 
+def test_long_runs_go_to_tensor_cores():
+    assert tuned.by_bytes("Q8_0", 8 * E, E) and not tuned.by_bytes("Q8_0", 8 * E + 1, E)
+
+
 def test_the_public_functions_reach_the_kernels(rng):
     gate, up, down = (weight(rng, "Q8_0", s) for s in ((E, F, D), (E, F, D), (E, 37, 256)))
-    for tokens in (2, 9):  # few, and grouped
+    for tokens in (2, 9, 14):  # few, a batch by bytes, and on tensor cores
         ids, x, h = choices(rng, tokens), SCALE * activations(rng, (tokens, D)), activations(rng, (tokens, K, 256))
         weights = jnp.ones((tokens, K))
         with lowering.interpreted():
@@ -125,7 +154,7 @@ def test_gradients_are_the_plain_ones(rng):
         assert error(a, b) < 1e-5
 
 
-@pytest.mark.parametrize("tokens", [1, 64])
+@pytest.mark.parametrize("tokens", [1, 64, 512])
 def test_lowers_for_cuda(tokens):
     def shapes(name, *shape):
         fmt = quant.FORMATS[name]
