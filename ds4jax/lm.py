@@ -261,7 +261,7 @@ class LM:
         if steering is None and not interventions:
             return None, None
         B, T = batch.shape
-        every = resolve.prompt_edits(steering, interventions, [prompt_len or T] * B, self.config)
+        every = resolve.prompt_edits(steering, interventions, [prompt_len or T] * B, self.config, given=[T] * B)
         table = self._edit_table(B)
         region = np.zeros((B, T + max(runtime.programs.CHUNKS)), np.int8)
         for b, edits in enumerate(every):

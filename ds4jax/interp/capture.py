@@ -90,7 +90,7 @@ class Plan:
         if len(lens) != len(rows):
             raise DS4Error(f"prompt_len: {len(lens)} for {len(rows)} prompts; give one for all or one each")
         known = [len(r) if n is None else n for r, n in zip(rows, lens, strict=True)]
-        edits = resolve.prompt_edits(steering, interventions, known, config, tools)
+        edits = resolve.prompt_edits(steering, interventions, known, config, tools, [len(r) for r in rows])
         regions = [resolve.regions(lm.tokenizer, r.tolist(), n, e) for r, n, e in zip(rows, lens, edits, strict=True)]
         if batch_size is not None and batch_size < 1:
             raise DS4Error(f"batch_size {batch_size}: must be at least 1")

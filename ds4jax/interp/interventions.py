@@ -183,18 +183,24 @@ class Intervention:
             raise DS4Error(f"when: {site.name} comes after {early} in a pass; read the condition at or before it")
         return Condition(site.name, vector, float(w.threshold), bool(w.above))
 
-    def edit(self, config: Config, prompt_len: int, policy: str | None = None) -> Edit | None:
-        """The edit of a prompt of `prompt_len` tokens; None where it never applies."""
+    def edit(self, config: Config, prompt_len: int, policy: str | None = None, given: int | None = None) -> Edit | None:
+        """The edit of a prompt of `prompt_len` tokens; None where it never applies. `given`: tokens there are in all
+        before any is chosen; default: the prompt."""
         bits = policy_bits(policy or self.policy)
         values, coef, condition, n = self._parts(config)
-        spans = self._spans(prompt_len, n)
+        spans = self._spans(prompt_len, n, prompt_len if given is None else given)
         if not bits or (spans is not None and not spans):
             return None
         return Edit(self.kind, values, coef, float(self.strength), spans, bits, self.fn, condition)
 
-    def _spans(self, prompt_len: int, n: int | None) -> tuple[tuple[int, int], ...] | None:
+    def _spans(self, prompt_len: int, n: int | None, given: int) -> tuple[tuple[int, int], ...] | None:
         p = self.positions
         if n is not None:  # one value for each position
+            if p is None and n != given:  # as rows of another prompt they would stand at tokens they do not belong to
+                raise DS4Error(
+                    f"replace: values for {n} positions, and the prompt has {given} tokens; give one for each, or say "
+                    f"where they belong, such as positions=range({min(n, given)})"
+                )
             places = list(range(n)) if p is None else _places(p, prompt_len)
             if len(places) != n:
                 raise DS4Error(f"replace: {n} values for {len(places)} positions; give one for each")
@@ -255,8 +261,8 @@ def scale(sites, factor=1.0, **where) -> Intervention:
 def replace(sites, value=None, strength: float = 1.0, **where) -> Intervention:
     """y + strength · (value − y): with strength 1 the value itself, for instance what another run had there.
 
-    value: shaped like the site, or with one axis more in front, a value for each of `positions` (default 0, 1, …).
-    `sites` may be a mapping {site: value}, such as `lm.capture` returns for one prompt.
+    value: shaped like the site, or with one axis more in front, a value for each of `positions` (default: for every
+    token of the prompt). `sites` may be a mapping {site: value}, such as `lm.capture` returns for one prompt.
     """
     return Intervention("replace", sites, _one(sites, value, "value"), strength, **where)
 

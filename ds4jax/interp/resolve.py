@@ -30,7 +30,7 @@ def region_tables(tokenizer: Tokenizer | None, vocab_size: int) -> Regions | Non
 
 def prompt_edits(
     steering: SteeringLike, interventions: InterventionsLike, lengths: Sequence[int], config: Config,
-    tools: Sequence[bool] | bool = False,
+    tools: Sequence[bool] | bool = False, given: Sequence[int] | None = None,
 ) -> list[tuple[Edit, ...]]:  # fmt: skip
     """The edits of each prompt.
 
@@ -39,6 +39,7 @@ def prompt_edits(
         prompt.
       interventions: one or several, in the order in which they apply at a site; before the steering.
       lengths: tokens of each prompt.
+      given: tokens of each sequence in all, where they do not end with the prompt.
       tools: whether each prompt has tools in play, for the default policy.
     """
     n = len(lengths)
@@ -52,9 +53,10 @@ def prompt_edits(
                 raise DS4Error(f"intervention for prompt {p}: there are {n}, counted from 0")
     out = []
     for k, each in enumerate(_per_prompt(steering, n)):
-        edits = [i.edit(config, lengths[k]) for i in some if i.prompts is None or k in i.prompts]
+        total = None if given is None else given[k]
+        edits = [i.edit(config, lengths[k], given=total) for i in some if i.prompts is None or k in i.prompts]
         for s in each:
-            edits += [i.edit(config, lengths[k], policy) for i, policy in s.interventions(flags[k])]
+            edits += [i.edit(config, lengths[k], policy, total) for i, policy in s.interventions(flags[k])]
         out.append(tuple(e for e in edits if e is not None))
     return out
 

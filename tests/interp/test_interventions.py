@@ -122,6 +122,28 @@ def test_patching_a_run_into_another(lm, tokens):
     np.testing.assert_array_equal(half[:5], lm.logits(other)[:5])
 
 
+@pytest.mark.parametrize("rows", [8, 10])
+def test_rows_of_a_prompt_of_another_length_are_refused(lm, tokens, config, rows):
+    """They would stand at tokens they do not belong to, or at the first chosen ones."""
+    clean = {"layers.1.streams_out": np.zeros((rows, config.hc_mult, config.hidden_size), np.float32)}
+    said = f"values for {rows} positions, and the prompt has 9 tokens.*positions=range\\({min(rows, 9)}\\)"
+    for run in (
+        lambda i: lm.logits(tokens[:9], interventions=i),
+        lambda i: lm.logits(tokens[:9], interventions=i, prompt_len=rows),  # what is given counts, not the prompt in it
+        lambda i: lm.generate(tokens[:9], interventions=i, max_tokens=1),
+        lambda i: lm.capture(tokens[:9], "embed", interventions=i),
+    ):
+        with pytest.raises(DS4Error, match=said):
+            run(interp.replace(clean))
+
+
+def test_rows_for_every_given_token_beyond_the_prompt(lm, tokens, config):
+    rows = np.zeros((9, config.hc_mult, config.hidden_size), np.float32)
+    edits = interp.replace("layers.1.streams_out", rows)
+    assert edits.edit(config, 4, given=9).spans == tuple((i, i + 1) for i in range(9))
+    assert interp.replace("layers.1.streams_out", rows[:1]).edit(config, 4).spans is None  # one value is for all
+
+
 @pytest.mark.full
 def test_choosing_experts(lm, tokens):
     chosen = np.array([3, 1], np.int32)
