@@ -5,9 +5,14 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test test-full lint clean
 
+# what running needs, and on top of it what tests and development need
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --editable .
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@
 
@@ -15,13 +20,13 @@ demo: $(VENV)/installed
 	$(BIN)/ds4jax inspect nano
 	$(BIN)/ds4jax generate nano "Once upon a time" --echo --max-tokens 200 --temperature 0.8 --seed 7
 
-test: $(VENV)/installed
+test: $(VENV)/installed-dev
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m 'not full' -n 2
 
-test-full: $(VENV)/installed
+test-full: $(VENV)/installed-dev
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2
 
-lint: $(VENV)/installed
+lint: $(VENV)/installed-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 clean:
