@@ -79,17 +79,25 @@ class Chat(_Text):
 
     def __init__(self, system: str = "", tools: list[dict] | None = None) -> None:
         super().__init__()
+        self.tools = tools
+        self.messages: list[dict] = [{"role": "system", "content": system}] if system or tools else []
+        self.turns: list[tuple[int, bool]] = []  # of each assistant turn: messages before it, and whether it thinks
         self.add(encode_messages([{"role": "system", "content": system}], tools=tools))
 
     def user(self, text: str) -> Chat:
         self.add(USER + text)
+        self.messages.append({"role": "user", "content": text})
         return self
 
     def result(self, *results: str) -> Chat:
-        return self.user("\n\n".join(f"<tool_result>{r}</tool_result>" for r in results))
+        self.add(USER + "\n\n".join(f"<tool_result>{r}</tool_result>" for r in results))
+        self.messages += [{"role": "tool", "content": r} for r in results]
+        return self
 
     def assistant(self, text: str, thinking: str | None = None, calls: list[tuple[str, dict]] | None = None) -> Chat:
         """A turn: in chat mode when `thinking` is None (``</think>`` is part of the prompt), else in thinking mode."""
+        self.turns.append((len(self.messages), thinking is not None))
+        turn = {"role": "assistant", "content": text, "reasoning_content": thinking or ""}
         if thinking is None:
             self.add(ASSISTANT + "</think>")
         else:
@@ -98,11 +106,17 @@ class Chat(_Text):
         reply = {"role": "assistant", "content": text}
         if calls:
             reply["tool_calls"] = [{"name": name, "arguments": arguments} for name, arguments in calls]
+            turn["tool_calls"] = reply["tool_calls"]
+        self.messages.append(turn)
         self.add(encode_messages([reply], add_default_bos_token=False), answer=True)
         return self
 
-    def done(self, skill: str, key: str, **meta: Any) -> Item:
-        return self.item(skill, key, chat=True, meta={"prompt": self.answers[-1][0], **meta})
+    def done(self, skill: str, key: str, asked: int = -1, **meta: Any) -> Item:
+        """The item. `asked`: the assistant's turn that a model is asked for; `meta` then has the way to it as
+        "messages", "tools" and "think", what `ds4jax.LM.generate` takes, and as "prompt" characters."""
+        before, think = self.turns[asked]
+        way = {"messages": self.messages[:before], "tools": self.tools, "think": think}
+        return self.item(skill, key, chat=True, meta={"prompt": self.answers[asked][0], **way, **meta})
 
 
 # --- plain text --------------------------------------------------------------------------------------------------------
@@ -376,7 +390,7 @@ def make_lists(rng: Random) -> Item:
 CHARS_DENSE, CHARS_SPARSE = 3.2, 4.1
 
 
-def _filler(rng: Random, prose: Sequence[str]) -> Callable[[], str]:
+def filler(rng: Random, prose: Sequence[str]) -> Callable[[], str]:
     """What fills the space in one document: paragraphs of `prose` in a third of the documents, else descriptions."""
     if prose and rng.random() < 0.35:
         at = rng.randrange(len(prose))
@@ -422,7 +436,7 @@ def _facts(rng: Random, n: int) -> list[tuple[list[str], list[str], str]]:
     return out
 
 
-class _OtherSide(Exception):
+class OtherSide(Exception):
     """The content drawn belongs to the other split; raised before the costly rest is made."""
 
 
@@ -440,7 +454,7 @@ def make_needle(
     tokens = tokens or int(2 ** rng.uniform(6, 11.78))
     dense = rng.random() < 0.45 if dense is None else dense
     room = int(tokens * (CHARS_DENSE if dense else CHARS_SPARSE)) - 60
-    fill = _filler(rng, prose)
+    fill = filler(rng, prose)
     out = _Text()
     stated: list[tuple[str, int]] = []
     if dense:
@@ -459,7 +473,7 @@ def make_needle(
         facts = _facts(rng, rng.randint(1, 4))
     key = json.dumps([f[0][0] for f in facts])
     if split and side(key) != split:
-        raise _OtherSide
+        raise OtherSide
     if dense:
         for fact, line in zip(facts, lines, strict=True):
             stated.append((fact[2], out.size))
@@ -495,7 +509,7 @@ def make_copy(rng: Random, prose: Sequence[str] = ()) -> Item:
         passage = " ".join(description(rng) for _ in range(rng.randint(1, 3)))
     out = _Text().add(f"Remember: {passage}\n\n")
     room = int(2 ** rng.uniform(5, 10.5) * CHARS_SPARSE)
-    fill = _filler(rng, prose)
+    fill = filler(rng, prose)
     while out.size < room:
         out.add(fill() + " ")
     return out.add("\n\nRepeat: ").add(passage, answer=True).item("copy", passage)
@@ -846,10 +860,7 @@ def make_tools(rng: Random) -> Item:
     chat.result(*(request[3] for request in requests))
     answer = " ".join(request[4] for request in requests)
     chat.assistant(answer, "I have the results." if think else None)
-    prompt = chat.answers[0][0]
-    item = chat.done("tools", asked, calls=calls, result=[r[3] for r in requests])
-    item.meta["prompt"] = prompt
-    return item
+    return chat.done("tools", asked, asked=0, calls=calls, result=[r[3] for r in requests])
 
 
 SKILLS: dict[str, Callable[[Random], Item]] = {
@@ -888,7 +899,7 @@ def items(skill: str, split: str = "train", seed: int = 0, **options: Any) -> It
         # A generator's every item has its own seed, so that a change in one item's use of randomness moves no other.
         try:
             item = make(Random(rng.getrandbits(64)), **options)
-        except _OtherSide:
+        except OtherSide:
             continue
         if all(side(key) == split for key in item.meta.get("keys", [item.key])):
             yield item
