@@ -1,10 +1,18 @@
-"""Measures the small model: held-out bits per byte, multi-token prediction, recall by distance, and a sample.
+"""Measures the small model: tasks, held-out bits per byte, multi-token prediction, recall by distance, and a sample.
 
-    python -m scripts.eval_nano --data DATA f16=nano-f16.gguf shipped=ds4jax/assets/nano.gguf --out eval.json
+    python -m scripts.eval_nano --data DATA f16=nano-f16.gguf q2=ds4jax/assets/nano.gguf --out eval.json
 
-A model is NAME=PATH: a GGUF, or the folder of pieces that training wrote. Recall is counted over the held-out needle
-documents, an answer being right when every token of it is the likeliest (what greedy writing would give), once as the
-model is and once with the indexer's choice replaced by the most recent entries: what is lost is what the indexer finds.
+A model is NAME=PATH, a GGUF. Four parts (--parts):
+
+    tasks     held-out items of every task (nano/exam.py), answered greedily by the package's own `generate`; and of the
+              replies' tokens, and of those of continued prose, how many the MTP layer drafts as the model chooses them
+    text      bits per byte of held-out running text, and the share of tokens predicted right
+    distance  the held-out needle documents: an answer is right when every token of it is the likeliest, once as the
+              model is and once with the indexer's choice replaced by the most recent entries: what is lost is what the
+              indexer finds
+    sample    a paragraph
+
+Results are written after every model; --keep leaves out what an earlier run has put into --out.
 """
 
 from __future__ import annotations
@@ -26,31 +34,16 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
-from ds4jax import quant, runtime, weights  # noqa: E402
+import ds4jax  # noqa: E402
+from ds4jax import runtime  # noqa: E402
 from ds4jax.chat.tokenizer import Tokenizer  # noqa: E402
 from ds4jax.model.config import Config  # noqa: E402
-from scripts.nano import net, pieces, shards, windows  # noqa: E402
+from scripts.nano import exam, net, pieces, shards, stream, windows  # noqa: E402
 
 DISTANCES = (0, 64, 128, 256, 512, 1024, 2048, 4096)
 RULES = ("indexer", "most recent")
+PARTS = ("tasks", "text", "distance", "sample")
 PROMPT = "The old man opened the door and"
-
-
-def load(path: Path) -> tuple[Config, dict[str, jax.Array]]:
-    """A model's config and its weights, dequantized to float32."""
-    if path.is_dir():
-        config, arrays, _, _ = pieces.load(path)
-    else:
-        with weights.open_checkpoint(path) as ckpt:
-            config, arrays = ckpt.config, weights.load_arrays(ckpt, progress=False)
-
-    def plain(a):
-        if isinstance(a, quant.QuantizedArray):
-            return quant.dequantize(a, jnp.float32)
-        a = jnp.asarray(a)
-        return a.astype(jnp.float32) if jnp.issubdtype(a.dtype, jnp.floating) else a
-
-    return config, {p: plain(a) for p, a in arrays.items()}
 
 
 class Judge:
@@ -77,14 +70,14 @@ def text_scores(judge: Judge, heldout: dict[str, shards.Group], tokenizer: Token
     sizes = np.array([len(tokenizer.piece(i)) for i in range(tokenizer.vocab_size)], np.int64)
     T, out = args.length, {"bits_per_byte": {}}
     total = np.zeros(5)
-    for kind in windows.TEXT:
+    for kind in stream.TEXT_KINDS:
         if kind not in heldout or len(heldout[kind].tokens) < T + 2:
             continue
-        rows = windows.text_windows({kind: heldout[kind]}, T, max(1, args.windows // len(windows.TEXT)))
+        rows = windows.text_windows({kind: heldout[kind]}, T, max(1, args.windows // len(stream.TEXT_KINDS)))
         sums = np.zeros(5)
         for where, part in batches(rows, args.batch):
             n = where.stop - where.start
-            nll, right, _, right2 = (a[:n] for a in judge(part))
+            nll, right, _, right2 = (a[:n] for a in judge(part)[:4])
             sums += [nll.sum(dtype=np.float64), right.sum(), right2.sum(), right.size, sizes[part[:n, 1 : T + 1]].sum()]
         out["bits_per_byte"][kind] = sums[0] / math.log(2) / sums[4]
         total += sums
@@ -137,12 +130,43 @@ def by_distance(results: list[tuple[int, bool]]) -> dict[str, dict[str, float]]:
     return out | {"all": {"recall": sum(hits) / max(1, len(hits)), "answers": len(hits)}}
 
 
-def sample(path: Path, prompt: str, tokens: int) -> str | None:
-    """A paragraph by the engine itself; None for a folder of pieces, which it does not read."""
-    if path.is_dir():
-        return None
-    import ds4jax
+def tasks_scores(
+    path: Path, judge: Judge, heldout: dict, tokenizer: Tokenizer, args, say: Callable[[str], None]
+) -> dict:
+    """Scores of every part of the exam, and how many of the MTP layer's drafts greedy decoding accepts."""
+    prose = stream.paragraphs(heldout, tokenizer)
+    out: dict[str, Any] = {}
+    drafts = {"tasks": np.zeros(2, np.int64), "prose": np.zeros(2, np.int64)}
+    for length in sorted({exam.PARTS[name].length for name in args.only}):
+        lm = ds4jax.load(path, context=length, dtype=args.dtype, verbose=False)
+        for name in (n for n in args.only if exam.PARTS[n].length == length):
+            begun = time.monotonic()
+            sheet = exam.sit(lm, name, args.items, args.seed, prose)
+            seconds = time.monotonic() - begun
+            out[name] = sheet.scores | {
+                "items": sheet.count, "prompt_tokens": round(sheet.prompt_tokens, 1), "seconds": round(seconds, 1),
+                "wrong": sheet.wrong,
+            }  # fmt: skip
+            say(f"{name}, {sheet.count} items, {seconds:.0f} s: "
+                + ", ".join(f"{k} {v:.1%}" for k, v in sheet.scores.items()))  # fmt: skip
+            some = sheet.rows[: args.drafts]
+            drafts["tasks"] += exam.acceptance(judge, some, max(1, args.batch * args.length // length))
+        if length == min(p.length for p in exam.PARTS.values()):
+            T = min(args.length, 512)
+            texts = windows.text_windows(heldout, T, args.drafts)
+            rows = exam.continuations(lm, list(texts), 128, 64)
+            drafts["prose"] += exam.acceptance(judge, rows, args.batch)
+        lm.release()
+    out["mtp_accepted"] = {k: float(a / n) for k, (a, n) in drafts.items() if n}
+    both = sum(drafts.values())
+    out["mtp_accepted"]["all"] = float(both[0] / max(1, both[1]))
+    out["mtp_drafts"] = int(both[1])
+    say("MTP drafts accepted: " + ", ".join(f"{k} {v:.1%}" for k, v in out["mtp_accepted"].items()))
+    return out
 
+
+def sample(path: Path, prompt: str, tokens: int) -> str:
+    """A paragraph by the engine itself."""
     lm = ds4jax.load(path, context=1024, verbose=False)
     return prompt + lm.generate(prompt, max_tokens=tokens, temperature=0.7, seed=1).text
 
@@ -150,39 +174,59 @@ def sample(path: Path, prompt: str, tokens: int) -> str | None:
 def measure(
     path: Path, heldout: dict[str, shards.Group], tokenizer: Tokenizer, args, say: Callable[[str], None]
 ) -> dict:
-    config, arrays = load(path)
+    config, arrays = pieces.read(path)
     judge = Judge(config, arrays, args.dtype)
-    out: dict[str, Any] = {
-        "bytes_of_file": sum(f.stat().st_size for f in path.glob("nano-*")) if path.is_dir() else path.stat().st_size
-    }
-    out |= text_scores(judge, heldout, tokenizer, args)
-    say(f"{out['bits_per_byte']['all']:.4f} bits per byte; next token {out['next_token_accuracy']:.1%}, "
-        f"the one after (MTP) {out['mtp_accuracy']:.1%}")  # fmt: skip
-    needles = {name: group for name, group in heldout.items() if name.startswith("needle_")}
-    out["recall"] = {}
-    for rule in RULES:
-        results = recall(judge, needles, rule, args.needles, args.batch * args.length)
-        out["recall"][rule] = by_distance(results)
-        say(f"recall, {rule}: " + ", ".join(f"{k} {v['recall']:.0%}" for k, v in out["recall"][rule].items()))
-    out["sample"] = sample(path, args.prompt, args.sample)
+    out: dict[str, Any] = {"bytes_of_file": path.stat().st_size}
+    if "text" in args.parts:
+        out |= text_scores(judge, heldout, tokenizer, args)
+        say(f"{out['bits_per_byte']['all']:.4f} bits per byte; next token {out['next_token_accuracy']:.1%}, "
+            f"the one after (MTP) {out['mtp_accuracy']:.1%}")  # fmt: skip
+    if "tasks" in args.parts:
+        out["tasks"] = tasks_scores(path, judge, heldout, tokenizer, args, say)
+    if "distance" in args.parts:
+        needles = {name: group for name, group in heldout.items() if name.startswith("needle_")}
+        out["recall"] = {}
+        for rule in RULES:
+            results = recall(judge, needles, rule, args.needles, args.batch * args.length)
+            out["recall"][rule] = by_distance(results)
+            say(f"recall, {rule}: " + ", ".join(f"{k} {v['recall']:.0%}" for k, v in out["recall"][rule].items()))
+    if "sample" in args.parts:
+        out["sample"] = sample(path, args.prompt, args.sample)
     return out
 
 
 def table(scores: dict[str, dict]) -> str:
-    """The results as Markdown."""
-    models = list(scores)
-    lines = ["| | " + " | ".join(models) + " |", "| --- |" + " ---: |" * len(models)]
-    row = lambda name, values: lines.append(f"| {name} | " + " | ".join(values) + " |")  # noqa: E731
-    row("size, MiB", [f"{s['bytes_of_file'] / 2**20:.2f}" for s in scores.values()])
-    for kind in next(iter(scores.values()))["bits_per_byte"]:
-        row(f"bits per byte, {kind}", [f"{s['bits_per_byte'][kind]:.3f}" for s in scores.values()])
-    row("next token right", [f"{s['next_token_accuracy']:.1%}" for s in scores.values()])
-    row("token after next right (MTP)", [f"{s['mtp_accuracy']:.1%}" for s in scores.values()])
-    for bin in next(iter(scores.values()))["recall"][RULES[0]]:
-        cells = [[s["recall"][rule][bin] for rule in RULES] for s in scores.values()]
+    """Markdown: one column a model; rows that some model lacks show a dash."""
+    names = list(scores)
+    lines = ["| | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)]
+
+    def row(label: str, cell: Callable[[dict], str]) -> None:
+        cells = []
+        for s in scores.values():
+            try:
+                cells.append(cell(s))
+            except KeyError:
+                cells.append("–")
+        if set(cells) != {"–"}:
+            lines.append(f"| {label} | " + " | ".join(cells) + " |")
+
+    row("size, MiB", lambda s: f"{s['bytes_of_file'] / 2**20:.2f}")
+    for name, part in exam.PARTS.items():
+        for key in ("well_formed", "obeyed", "right"):
+            goal = f", goal {part.goals[key]:.0%}" if key in part.goals else ""
+            label = f"{name.replace('_', ' at ')}: {key.replace('_', ' ')}{goal}"
+            row(label, lambda s, name=name, key=key: f"{s['tasks'][name][key]:.1%}")
+    for kind, goal in (("all", ", goal 60%"), ("tasks", ""), ("prose", "")):
+        row(f"MTP drafts accepted, {kind}{goal}", lambda s, kind=kind: f"{s['tasks']['mtp_accepted'][kind]:.1%}")
+    for kind in (*stream.TEXT_KINDS, "all"):
+        row(f"bits per byte, {kind}", lambda s, kind=kind: f"{s['bits_per_byte'][kind]:.3f}")
+    row("next token right", lambda s: f"{s['next_token_accuracy']:.1%}")
+    row("token after next right (MTP)", lambda s: f"{s['mtp_accuracy']:.1%}")
+    bins = {bin: r["answers"] for s in scores.values() for bin, r in s.get("recall", {}).get(RULES[0], {}).items()}
+    for bin, n in bins.items():
         name = "recall, all of it" if bin == "all" else f"recall at {bin} tokens"
-        row(f"{name}, n = {cells[0][0]['answers']}: {' / '.join(RULES)}",
-            [" / ".join(f"{c['recall']:.0%}" for c in pair) for pair in cells])  # fmt: skip
+        row(f"{name}, n = {n}: {' / '.join(RULES)}",
+            lambda s, bin=bin: " / ".join(f"{s['recall'][rule][bin]['recall']:.0%}" for rule in RULES))  # fmt: skip
     return "\n".join(lines)
 
 
@@ -206,6 +250,12 @@ def main() -> None:
     add("--length", type=int, default=1024, help="tokens of context in the text measure")
     add("--windows", type=int, default=100, help="windows of text, over all kinds")
     add("--batch", type=int, default=4)
+    add("--parts", nargs="+", choices=PARTS, default=PARTS)
+    add("--items", type=int, default=500, help="held-out items of each task")
+    add("--only", nargs="+", choices=list(exam.PARTS), default=list(exam.PARTS), help="tasks' parts")
+    add("--drafts", type=int, default=64, help="replies of each task whose MTP drafts are judged")
+    add("--seed", type=int, default=0)
+    add("--keep", action="store_true", help="leave out what --out already holds")
     add("--needles", type=int, default=12, help="documents of each length")
     add("--prompt", default=PROMPT)
     add("--sample", type=int, default=120, help="tokens of the sample")
@@ -214,17 +264,22 @@ def main() -> None:
     heldout = shards.read(args.data / "heldout.npz")
     tokenizer = Tokenizer.from_json(args.data / "tokenizer.json")
     scores, begun = {}, time.monotonic()
+    if args.keep and args.out and args.out.exists():
+        scores = json.loads(args.out.read_text())
     for item in args.models:
         name, _, path = item.rpartition("=")
         name = name or Path(path).stem
         say = lambda text, name=name: print(f"[{time.monotonic() - begun:5.0f} s] {name}: {text}", flush=True)  # noqa: E731
+        if name in scores:
+            say("kept")
+            continue
         scores[name] = measure(Path(path), heldout, tokenizer, args, say)
+        if args.out:
+            args.out.write_text(json.dumps(scores, indent=1, ensure_ascii=False) + "\n")
     print(table(scores))
     for name, s in scores.items():
-        if s["sample"]:
+        if "sample" in s:
             print(f"\n{name}: {s['sample']}")
-    if args.out:
-        args.out.write_text(json.dumps(scores, indent=1) + "\n")
     if args.table:
         write_table(args.table, table(scores))
 

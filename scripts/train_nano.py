@@ -1,18 +1,19 @@
 """Trains the small model "nano" within a budget of wall time.
 
-    python -m scripts.train_nano --data DATA --out OUT --minutes 9 [--resume]
+    python -m scripts.train_nano --data DATA --out OUT --minutes 22 [--init ds4jax/assets/nano.gguf] [--resume]
 
-DATA holds what `scripts/nano/prepare.py` wrote: tokenizer.json, train.npz, heldout.npz. OUT receives
+DATA holds what `scripts/nano/prepare.py` wrote: tokenizer.json and the running text of train.npz and heldout.npz. All
+else is written while training runs, by other processes (see nano/stream.py). OUT receives
 
     nano-1.safetensors …   the weights in float16 and the experts' input statistics (see nano/pieces.py)
     log.csv, loss.svg      the losses and how they fell
-    eval.csv               held-out bits per byte and recall, at intervals
+    eval.csv               held-out bits per byte and tasks, at intervals
     checkpoint/            an orbax checkpoint with the optimizer's state, for --resume (in --work, if given)
 
-One dispatch runs several steps on the device, windows drawn there from the whole token array. Learning rate and phase
-follow the clock, so the run ends trained out whatever a step costs. Phases change the window's length and whether
-ratio-4 layers read all compressed entries (`dense`: the indexer learns which of them matter) or the indexer's choice
-(`sparse`). With --qat the last part of the run trains the experts through the shipped file's 2-bit formats.
+One dispatch runs several steps on the device. Learning rate and phase follow the clock, so the run ends trained out
+whatever a step costs. Phases change the windows' lengths, one or several in turns, and whether ratio-4 layers read all
+compressed entries (`dense`: the indexer learns which of them matter) or the indexer's choice (`sparse`). With --qat the
+last part of the run trains the experts through the shipped file's 2-bit formats.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ import concurrent.futures
 import csv
 import dataclasses
 import functools
+import itertools
 import json
 import math
+import os
 import sys
 import threading
 import time
@@ -38,11 +41,22 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 from ds4jax.chat.tokenizer import Tokenizer  # noqa: E402
+from ds4jax.errors import DS4Error  # noqa: E402
 from ds4jax.model.config import Config  # noqa: E402
 from scripts import make_nano  # noqa: E402
-from scripts.nano import muon, net, pieces, shards, windows  # noqa: E402
+from scripts.nano import muon, net, pieces, shards, stream, tasks, windows  # noqa: E402
 
 EVAL_LENGTH = 1024
+EVAL_ITEMS = {
+    "sums": ("sums", {"think": True}, False),
+    "dates": ("dates", {"think": True}, False),
+    "register": ("register", {}, False),
+    "tools": ("tools", {}, False),
+    "recall_256": ("recall", {"tokens": 256, "far": 0.6, "questions": 1}, False),
+    "recall_1k": ("recall", {"tokens": 930, "far": 0.6, "questions": 1}, False),
+    "recall_4k": ("recall", {"tokens": 3800, "far": 0.6, "questions": 1}, True),
+}
+"""What the run is judged by as it goes, in teacher-forced passes: task, its options, and whether windows are long."""
 COMPILER_OPTIONS = {
     # matmuls this small gain little from Triton's autotuning, which would cost minutes of compile time
     "gpu": {"xla_gpu_enable_triton_gemm": False},
@@ -59,22 +73,26 @@ def say(text: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """Windows of `length` tokens until this fraction of the run has passed."""
+    """Dispatches of windows of these lengths in turns until this fraction of the run has passed."""
 
-    length: int
+    lengths: tuple[int, ...]
     dense: bool
     until: float
 
+    @property
+    def kind(self) -> str:
+        return "dense" if self.dense else "sparse"
+
 
 def parse_phases(text: str) -> list[Phase]:
-    """`length:dense|sparse:share,…`; the shares are scaled to sum to one."""
+    """`length[+length…]:dense|sparse:share,…`; the shares are scaled to sum to one."""
     phases, total = [], 0.0
     for part in text.split(","):
-        length, kind, share = part.split(":")
+        lengths, kind, share = part.split(":")
         if kind not in ("dense", "sparse"):
             raise SystemExit(f"--phases: {kind!r} must be dense or sparse")
         total += float(share)
-        phases.append(Phase(int(length), kind == "dense", total))
+        phases.append(Phase(tuple(map(int, lengths.split("+"))), kind == "dense", total))
     return [dataclasses.replace(p, until=p.until / total) for p in phases]
 
 
@@ -87,20 +105,22 @@ def rate(progress: float, step: int, args: argparse.Namespace) -> float:
 # --- programs ---------------------------------------------------------------------------------------------------------
 
 
-def training_program(model: net.Net, opt: muon.Optimizer, phase: Phase, args: argparse.Namespace):
-    """(state, tokens, sampler, knobs) → state, metrics: `--dispatch` steps of a phase. knobs: float32
-    [learning rate now, change per step, bias rate]."""
-    T = phase.length
-    B = max(1, args.tokens_per_step // T)
-    weights = net.LossWeights(args.answer_weight, args.mtp_weight, args.kl_weight, args.z_weight, args.balance_weight)
+def batch(T: int, args: argparse.Namespace) -> int:
+    """Windows of T tokens in a step."""
+    return max(1, args.tokens_per_step // T)
 
-    def step(state: dict, flat, sampler, knobs):
-        key, now = jax.random.split(state["key"])
-        tokens, answers = windows.draw(flat, sampler, now, B, T)
+
+def training_program(model: net.Net, opt: muon.Optimizer, args: argparse.Namespace):
+    """(state, chunk, knobs) → state, metrics: `--dispatch` steps on the rows of a chunk. knobs: float32
+    [learning rate now, change per step, bias rate]."""
+    weights = net.LossWeights(args.mtp_weight, args.distil, args.kl_weight, args.z_weight, args.balance_weight)
+
+    def step(state: dict, rows, knobs):
+        tokens, emphasis = windows.unpack(rows, args.class_weights)
 
         def loss_of(params):
             return net.objective(
-                model, net.perturb(params, state["delta"]) | state["ids"], tokens, answers, weights, args.remat
+                model, net.perturb(params, state["delta"]) | state["ids"], tokens, emphasis, weights, args.remat
             )
 
         (loss, (metrics, loads)), grads = jax.value_and_grad(loss_of, has_aux=True)(state["params"])
@@ -112,25 +132,25 @@ def training_program(model: net.Net, opt: muon.Optimizer, phase: Phase, args: ar
         state = state | {
             "params": keep(params, state["params"]),
             "opt": keep(opt_state, state["opt"]),
-            "key": key,
             "step": state["step"] + 1,
         }
         return state, metrics | {"loss": loss, "norm": norm, "lr": knobs[0]}
 
-    def program(state, flat, sampler, knobs):
-        def body(carry, _):
+    def program(state, chunk, knobs):
+        def body(carry, rows):
             state, lr = carry
-            state, metrics = step(state, flat, sampler, knobs.at[0].set(lr))
+            state, metrics = step(state, rows, knobs.at[0].set(lr))
             return (state, lr + knobs[1]), metrics
 
-        (state, _), metrics = jax.lax.scan(body, (state, knobs[0]), None, length=args.dispatch)
+        steps = chunk.reshape(args.dispatch, -1, chunk.shape[-1])
+        (state, _), metrics = jax.lax.scan(body, (state, knobs[0]), steps)
         return state, metrics
 
     return jax.jit(program, donate_argnums=0)
 
 
 def evaluation_program(model: net.Net):
-    """(params, ids, delta, tokens [n, B, T + 2], mask) → sums per row [n, B, 6], see `net.evaluate`."""
+    """(params, ids, delta, tokens [n, B, T + 2], mask) → sums per row [n, B, 8], see `net.evaluate`."""
 
     def program(params, ids, delta, tokens, mask):
         seen = net.perturb(params, delta) | ids
@@ -166,15 +186,14 @@ def scratch(compiled) -> int:
     return memory.temp_size_in_bytes if memory else 0
 
 
-def compile_training(model: net.Net, opt: muon.Optimizer, phase: Phase, args: argparse.Namespace, *shapes):
+def compile_training(name: str, model: net.Net, opt: muon.Optimizer, args: argparse.Namespace, *shapes):
     """A phase's program; one that recomputes layers in its backward pass if it would not fit the device otherwise."""
-    name = f"{'dense' if phase.dense else 'sparse'} {phase.length}"
-    compiled = compile_program(name, training_program(model, opt, phase, args), *shapes)
+    compiled = compile_program(name, training_program(model, opt, args), *shapes)
     limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
     if scratch(compiled) > limit - (4 << 30) and not args.remat:
         say(f"{name}: more than the device's {limit / 2**30:.0f} GiB; once more, recomputing layers")
         args = argparse.Namespace(**vars(args) | {"remat": True})
-        compiled = compile_program(name, training_program(model, opt, phase, args), *shapes)
+        compiled = compile_program(name, training_program(model, opt, args), *shapes)
     return compiled
 
 
@@ -191,86 +210,126 @@ def fresh_state(model: net.Net, opt: muon.Optimizer, args: argparse.Namespace) -
         "ids": ids,
         "opt": opt.init(params),
         "delta": experts,
-        "key": jax.random.key_data(jax.random.key(args.seed + 1)),
         "step": jnp.zeros((), jnp.int32),
     }
     return state
+
+
+def begin_from(state: dict, path: Path) -> dict:
+    """`state` with the weights of a GGUF or a folder of pieces. Raises DS4Error where shapes differ."""
+    _, arrays = pieces.read(path)
+    new = {}
+    for part in ("params", "ids"):
+        new[part] = {}
+        for name, w in state[part].items():
+            if name not in arrays or arrays[name].shape != w.shape:
+                found = tuple(arrays[name].shape) if name in arrays else "missing"
+                raise DS4Error(f"--init {path}: {name} is {found} and must be {tuple(w.shape)} for these sizes")
+            new[part][name] = jnp.asarray(arrays[name], w.dtype)
+    say(f"weights of {path}")
+    return state | new
 
 
 def _as_flat(state: dict) -> dict[str, Any]:
     return {f"{i:04d}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
 
 
-def save_checkpoint(folder: Path, state: dict, seconds: float) -> None:
-    """The whole state as an orbax checkpoint `folder`/<step>; older ones go."""
+def save_checkpoint(folder: Path, state: dict, seconds: float, position: dict[int, int]) -> None:
+    """State and the streams' positions as an orbax checkpoint `folder`/<step>; older ones go."""
     import orbax.checkpoint as ocp
 
     step = int(state["step"])
     with ocp.CheckpointManager(folder.absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=1)) as manager:
-        content = {"state": _as_flat(state), "seconds": np.array([seconds])}
+        read = np.array(sorted(position.items()), np.int64)
+        content = {"state": _as_flat(state), "seconds": np.array([seconds]), "position": read}
         manager.save(step, args=ocp.args.StandardSave(content), force=True)
         manager.wait_until_finished()
     say(f"checkpoint at step {step}")
 
 
-def restore_checkpoint(folder: Path, state: dict) -> tuple[dict, float]:
-    """The newest checkpoint in the structure of `state`, and the seconds trained until then."""
+def restore_checkpoint(folder: Path, state: dict, lengths: int) -> tuple[dict, float, dict[int, int]]:
+    """The newest checkpoint in the structure of `state`, the seconds trained until then, and the streams' positions."""
     import orbax.checkpoint as ocp
 
     with ocp.CheckpointManager(folder.absolute()) as manager:
         step = manager.latest_step()
         if step is None:
             raise SystemExit(f"--resume: {folder} holds no checkpoint")
-        like = {"state": _as_flat(state), "seconds": np.zeros(1)}
+        like = {"state": _as_flat(state), "seconds": np.zeros(1), "position": np.zeros((lengths, 2), np.int64)}
         content = manager.restore(step, args=ocp.args.StandardRestore(like))
     leaves = [jnp.asarray(content["state"][k]) for k in sorted(content["state"])]
     say(f"resumed from step {step}")
-    return jax.tree.unflatten(jax.tree.structure(state), leaves), float(content["seconds"][0])
+    position = {int(T): int(i) for T, i in content["position"]}
+    return jax.tree.unflatten(jax.tree.structure(state), leaves), float(content["seconds"][0]), position
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
 class Evaluator:
-    """Held-out bits per byte of running text and recall of needles, of the weights as trained and as shipped."""
+    """Held-out bits per byte of running text and tasks, of the weights as trained and as shipped.
 
-    def __init__(self, program, heldout: dict[str, shards.Group], tokenizer: Tokenizer, args: argparse.Namespace):
-        self.program, self.batch = program, args.eval_batch
+    A task's score is the share of items whose reply (of recall: the value) is the likeliest at every token given what
+    stands before it, which is what greedy writing would give; "…_nats" is the loss of its tokens. "agree_…" is how
+    often the MTP layer's draft is what the model then finds likeliest.
+    """
+
+    def __init__(self, programs: dict[bool, Any], heldout: dict[str, shards.Group], tokenizer: Tokenizer, args):
+        self.programs = programs
         sizes = np.array([len(tokenizer.piece(i)) for i in range(tokenizer.vocab_size)], np.int64)
         T = args.eval_length
         text = windows.text_windows(heldout, T, args.eval_windows)
         self.bytes = int(sizes[text[:, 1 : T + 1]].sum())
-        sets = {"text": (text, np.ones(text.shape, bool))}
-        for name in sorted(n for n in heldout if n.startswith("needle_")):
-            tokens, mask = windows.recall_windows(heldout[name], T, args.eval_windows // 2)
-            if len(tokens) >= 8:
-                sets[name] = (tokens, mask)
-        rows, masks, self.parts, at = [], [], {}, 0
-        for name, (tokens, mask) in sets.items():
-            self.parts[name] = slice(at, at + len(tokens))
-            rows.append(tokens)
-            masks.append(mask)
-            at += len(tokens)
-        tokens, mask = np.concatenate(rows), np.concatenate(masks)
-        pad = args.eval_rows - len(tokens)
-        if pad < 0:
-            raise SystemExit(f"evaluation has {len(tokens)} rows, more than {args.eval_rows}; lower --eval-windows")
-        shape = (-1, self.batch, T + 2)
-        self.tokens = jnp.asarray(np.pad(tokens, ((0, pad), (0, 0))).reshape(shape))
-        self.mask = jnp.asarray(np.pad(mask, ((0, pad), (0, 0))).reshape(shape))
+        sets = {False: {"text": (text, np.ones(text.shape, bool))}, True: {}}
+        prose = stream.paragraphs(heldout, tokenizer)
+        for name, (task, options, long) in EVAL_ITEMS.items():
+            if long and True not in programs or args.shares.get(task, stream.SHARES.get(task, 0)) <= 0:
+                continue
+            extra = {"prose": prose} if task == "recall" else {}
+            items = tasks.items(task, "heldout", f"{args.seed} eval", **options, **extra)
+            some = list(itertools.islice(items, args.eval_items_long if long else args.eval_items))
+            found = windows.item_windows(tokenizer, some, args.eval_long if long else T)
+            if len(found[0]) >= 8:
+                sets[long][name] = found
+        self.rows, self.parts = {}, {}
+        for long in programs:
+            at, B, length = 0, eval_shape(args, long)[1], eval_shape(args, long)[2]
+            for name, (tokens, _) in sets[long].items():
+                self.parts[name] = long, slice(at, at + len(tokens))
+                at += len(tokens)
+            pad = ((0, eval_shape(args, long)[0] * B - at), (0, 0))
+            if pad[0][1] < 0:
+                raise SystemExit(f"evaluation has {at} windows, more than its rows; lower --eval-items")
+            both = (np.concatenate([s[i] for s in sets[long].values()]) for i in range(2))
+            self.rows[long] = tuple(jnp.asarray(np.pad(a, pad).reshape(-1, B, length)) for a in both)
 
     def __call__(self, state: dict, delta: dict) -> dict[str, float]:
-        sums = np.asarray(self.program(state["params"], state["ids"], delta, self.tokens, self.mask))
-        sums = sums.reshape(-1, 6).astype(np.float64)
-        out = {}
-        for name, rows in self.parts.items():
-            nll, right, count, _, right2, count2 = sums[rows].sum(axis=0)
+        sums = {}
+        for long, program in self.programs.items():
+            got = np.asarray(program(state["params"], state["ids"], delta, *self.rows[long]))
+            sums[long] = got.reshape(-1, len(net.SUMS)).astype(np.float64)
+        out, drafts = {}, np.zeros(2)
+        for name, (long, rows) in self.parts.items():
+            part = dict(zip(net.SUMS, sums[long][rows].T, strict=True))
+            total = {k: v.sum() for k, v in part.items()}
             if name == "text":
-                out["bits_per_byte"] = nll / math.log(2) / self.bytes
-                out["next_accuracy"], out["mtp_accuracy"] = right / count, right2 / max(count2, 1)
+                out["bits_per_byte"] = total["nll"] / math.log(2) / self.bytes
+                out["next_accuracy"] = total["right"] / total["count"]
+                out["mtp_accuracy"] = total["right2"] / max(total["count2"], 1)
+                out["agree_text"] = total["agree"] / max(total["drafts"], 1)
             else:
-                out[name] = right / max(count, 1)
-        return out
+                out[name] = float(np.mean(part["right"] == part["count"]))
+                out[f"{name}_nats"] = total["nll"] / max(total["count"], 1)
+                drafts += total["agree"], total["drafts"]
+        return out | {"agree_tasks": drafts[0] / max(drafts[1], 1)}
+
+
+def eval_shape(args: argparse.Namespace, long: bool) -> tuple[int, int, int]:
+    """Batches, windows in each, and tokens of a window in evaluation."""
+    rows, B = (args.eval_items_long, args.eval_batch_long) if long else (
+        args.eval_windows + args.eval_items * sum(not long for _, _, long in EVAL_ITEMS.values()), args.eval_batch
+    )  # fmt: skip
+    return -(-rows // B), B, (args.eval_long if long else args.eval_length) + 2
 
 
 def plot(log: Path, evals: Path, out: Path) -> None:
@@ -298,7 +357,8 @@ def plot(log: Path, evals: Path, out: Path) -> None:
     for name, label in (("ce", "next token"), ("mtp", "token after next (MTP)")):
         if name in rows[0]:
             left.plot(x, means(name), lw=0.8, label=label)
-    left.set(xlabel="million tokens", ylabel="training loss, nats a token", ylim=(1.0, 6.0))
+    top = min(6.0, max(means("ce")[0], 2.0) * 1.2)
+    left.set(xlabel="million tokens", ylabel="training loss, nats a token", ylim=(0, top))
     left.legend(frameon=False)
     if "kl" in rows[0]:
         right.plot(x, means("kl"), lw=0.8, color="tab:green", label="indexer's KL divergence, nats")
@@ -307,13 +367,12 @@ def plot(log: Path, evals: Path, out: Path) -> None:
         if at:
             right.plot(*zip(*at, strict=True), marker, ms=3, lw=0.8, label=f"held-out bits per byte, {kind}")
     trained = [m for m in marks if m["weights"] == "as trained"]
-    needles = [name for name in (trained[0] if trained else {}) if name.startswith("needle_")]
-    if needles:
-        share = [sum(float(m[n]) for n in needles) / len(needles) for m in trained]
-        right.plot([float(m["tokens"]) / 1e6 for m in trained], share, "^-", ms=3, lw=0.8, color="tab:red",
-                   label="held-out recall, share of answers' tokens")  # fmt: skip
-    right.set(xlabel="million tokens", ylim=(0, 2.4))
-    right.legend(frameon=False)
+    for name in EVAL_ITEMS:
+        if trained and name in trained[0]:
+            at = [float(m["tokens"]) / 1e6 for m in trained]
+            right.plot(at, [float(m[name]) for m in trained], ".-", lw=0.6, label=f"{name}, share right")
+    right.set(xlabel="million tokens", ylim=(0, 2.0))
+    right.legend(frameon=False, fontsize=6, ncols=2)
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
@@ -353,79 +412,73 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
 
     tokenizer = Tokenizer.from_json(args.data / "tokenizer.json")
     config = pieces.with_vocabulary(Config.from_json(args.config), len(tokenizer), tokenizer.bos_id, tokenizer.eos_id)
+    if args.index_topk:
+        config = dataclasses.replace(config, index_topk=args.index_topk)
     phases = parse_phases(args.phases)
     nets = {dense: net.Net(config, dtype=jnp.dtype(args.dtype), dense=dense) for dense in (False, True)}
     opt = muon.optimizer(config, muon=not args.no_muon, adam_lr=args.adam_lr, decay=args.weight_decay, clip=args.clip)
+    lengths = sorted({T for p in phases for T in p.lengths})
+    source = stream.Source(args.data, args.seed, stream.SHARES | args.shares, stream.LONG_SHARES | args.long_shares)
 
-    # compile everything while the data are read and the first phase runs
-    size = windows.capacity(args.data / "train.npz")
+    # compile everything while the data are made and the first phase runs
     state_shapes = jax.eval_shape(lambda: fresh_state(nets[False], opt, args))
-    flat_shape, sampler_shape = jax.ShapeDtypeStruct((size,), jnp.uint16), windows.shape_of_sampler()
     knobs_shape = jax.ShapeDtypeStruct((3,), jnp.float32)
     pool = concurrent.futures.ThreadPoolExecutor(4)
-    programs = []
+    programs = {}
     for phase in phases:
-        programs.append(
-            pool.submit(
-                compile_training,
-                nets[phase.dense],
-                opt,
-                phase,
-                args,
-                state_shapes,
-                flat_shape,
-                sampler_shape,
-                knobs_shape,
-            )
-        )
-        if phase is phases[0]:
-            time.sleep(0.2)  # the first program is traced first
-    rows = (args.eval_rows // args.eval_batch, args.eval_batch, args.eval_length + 2)
-    eval_program = pool.submit(
-        compile_program, "evaluation", evaluation_program(nets[False]), state_shapes["params"], state_shapes["ids"],
-        state_shapes["delta"], jax.ShapeDtypeStruct(rows, jnp.int32), jax.ShapeDtypeStruct(rows, jnp.bool_),
-    )  # fmt: skip
+        for T in phase.lengths:
+            if (T, phase.dense) not in programs:
+                chunk_shape = jax.ShapeDtypeStruct((args.dispatch * batch(T, args), T + 2), jnp.uint16)
+                programs[T, phase.dense] = pool.submit(
+                    compile_training, f"{phase.kind} {T}", nets[phase.dense], opt, args, state_shapes, chunk_shape,
+                    knobs_shape,
+                )  # fmt: skip
+                time.sleep(0.2)  # traced in this order
+    eval_programs = {}
+    for long in (False, True):
+        if long and lengths[-1] < args.eval_long:
+            continue
+        rows = eval_shape(args, long)
+        eval_programs[long] = pool.submit(
+            compile_program, f"evaluation {rows[2] - 2}", evaluation_program(nets[False]), state_shapes["params"],
+            state_shapes["ids"], state_shapes["delta"], jax.ShapeDtypeStruct(rows, jnp.int32),
+            jax.ShapeDtypeStruct(rows, jnp.bool_),
+        )  # fmt: skip
     # input statistics of the experts, on windows of training text
-    T_stats = min(args.eval_length, phases[-1].length)
-    B_stats = max(1, min(16, args.tokens_per_step // T_stats))
+    T_stats = lengths[0]
+    B_stats = max(1, min(16, batch(T_stats, args)))
 
-    def measure(weights, flat, sampler, key):
-        return net.importance(nets[False], weights, windows.draw(flat, sampler, key, B_stats, T_stats)[0])
+    def measure(weights, rows):
+        return net.importance(nets[False], weights, windows.unpack(rows)[0])
 
-    key_shape = jax.ShapeDtypeStruct((2,), jnp.uint32)
     measuring = pool.submit(
-        compile_program, "statistics", jax.jit(measure), state_shapes["params"] | state_shapes["ids"], flat_shape,
-        sampler_shape, key_shape,
+        compile_program, "statistics", jax.jit(measure), state_shapes["params"] | state_shapes["ids"],
+        jax.ShapeDtypeStruct((B_stats, T_stats + 2), jnp.uint16),
     )  # fmt: skip
     experts = {p: s for p, s in state_shapes["params"].items() if ".ffn.experts." in p}
     if args.qat:  # find out now, not at the end, if an encoder fails
         counts = {net.expert_inputs(p): jax.ShapeDtypeStruct(s.shape[::2], jnp.float32) for p, s in experts.items()}
         encoder = pool.submit(compile_program, "encoders", jax.jit(net.quantization_error), experts, counts)
 
-    groups = shards.read(args.data / "train.npz")
     heldout = shards.read(args.data / "heldout.npz")
-    host_flat, begins = windows.flatten(groups, size)
-    flat = jnp.asarray(host_flat)
-    mix = windows.MIX | (json.loads(args.mix) if args.mix else {})
-    samplers = [jax.device_put(windows.sampler(groups, begins, p.length, mix)) for p in phases]
-    stats_sampler = jax.device_put(windows.sampler(groups, begins, T_stats, mix))
-    say(f"{sum(len(g.tokens) for g in groups.values()) / 1e6:.1f} M training tokens")
-
     state = jax.jit(functools.partial(fresh_state, nets[False], opt, args))()
     count = sum(w.size for w in state["params"].values())
     say(f"{count / 1e6:.2f} M parameters")
-    before = 0.0
+    before, position = 0.0, {}
     if args.resume:
-        state, before = restore_checkpoint(work / "checkpoint", state)
+        state, before, position = restore_checkpoint(work / "checkpoint", state, len(lengths))
+    elif args.init:
+        state = begin_from(state, args.init)
+    chunks = stream.Stream(source, {T: args.dispatch * batch(T, args) for T in lengths}, args.workers, position)
     step = int(state["step"])
     log, evals = Log(out / "log.csv", args.resume), Log(out / "eval.csv", args.resume)
     no_delta = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), state_shapes["delta"])
 
     def statistics(state) -> dict:
-        total = None
+        total, rows = None, chunks.take(T_stats)
         for i in range(args.importance_batches):
-            key = jax.random.key_data(jax.random.key(1000 + i))
-            one = measuring.result()(state["params"] | state["ids"], flat, stats_sampler, key)
+            some = np.resize(np.roll(rows, -i * B_stats, axis=0), (B_stats, T_stats + 2))
+            one = measuring.result()(state["params"] | state["ids"], some)
             total = one if total is None else jax.tree.map(jnp.add, total, one)
         return jax.tree.map(lambda a: a / args.importance_batches, total)
 
@@ -436,7 +489,9 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         """Whether these can run now; a run of so many steps waits for them, one against the clock does not."""
         return bool(args.steps) or all(p.done() for p in programs)
 
-    first = programs[0].result()
+    for T in phases[0].lengths:
+        programs[T, phases[0].dense].result()
+    evaluator = Evaluator({long: p.result() for long, p in eval_programs.items()}, heldout, tokenizer, args)
     begin = elapsed()
     end = args.minutes * 60 - args.reserve if not args.steps else math.inf
     # progress counts the seconds of training alone, in all runs together
@@ -447,28 +502,29 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
             return step / args.steps
         return min(1.0, (before + elapsed() - begin + ahead) / budget)
 
-    evaluator = Evaluator(eval_program.result(), heldout, tokenizer, args)
     tokens_seen = step * args.tokens_per_step
     at, stats, dispatch_seconds, last_eval, last_save = 0, None, 1.0, elapsed(), elapsed()
-    compiled, pending, result, next_encoding = first, None, {}, 0
+    pending, result, next_encoding, turn, waited = None, {}, 0, 0, 0.0
     marks = [elapsed(), step]
 
-    def report(metrics, step_then: int, tokens_then: int, phase_at: int) -> None:
+    def report(metrics, step_then: int, tokens_then: int, phase_at: int, T: int) -> None:
         rows = {k: np.asarray(v) for k, v in metrics.items()}
         now = elapsed()
         speed = (step_then - marks[1]) * args.tokens_per_step / max(1e-9, now - marks[0])
         marks[:] = [now, step_then]
         row = {
             "step": step_then, "seconds": round(before + now, 1), "tokens": tokens_then,
-            "tokens_per_second": float(speed), "phase": phase_at,
+            "tokens_per_second": float(speed), "phase": phase_at, "length": T,
         }  # fmt: skip
         row |= {k: float(np.mean(v)) for k, v in rows.items()}
         if not np.isfinite(rows["norm"]).all():
             say(f"step {step_then}: {int((~np.isfinite(rows['norm'])).sum())} steps without a finite gradient left out")
         log.write(row)
         if (step_then // args.dispatch) % max(1, args.log_every // args.dispatch) == 0:
-            parts = " ".join(f"{k} {row[k]:.3f}" for k in ("ce", "mtp", "kl", "imbalance", "norm") if k in row)
-            say(f"step {step_then} {parts} lr {row['lr']:.1e} {speed / 1e3:.0f} k tokens/s, {100 * progress():.0f} %")
+            names = ("ce", "mtp", "agree", "kl", "imbalance", "norm")
+            parts = " ".join(f"{k} {row[k]:.3f}" for k in names if k in row)
+            say(f"step {step_then} {T} {parts} lr {row['lr']:.1e} {speed / 1e3:.0f} k tokens/s, "
+                f"{100 * progress():.0f} %, waited {waited:.0f} s for data")  # fmt: skip
 
     def evaluate_now(final: bool = False) -> dict:
         out = {}
@@ -490,16 +546,19 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         notes = {"step": step, "tokens": tokens_seen, "qat": bool(stats), "final": final, "scores": result}
         pieces.save(out, config, host, numbers, notes)
         if args.checkpoints:
-            save_checkpoint(work / "checkpoint", state, before + elapsed() - begin)
+            save_checkpoint(work / "checkpoint", state, before + elapsed() - begin, chunks.position())
 
     say("training")
     stop = args.leave_after * 60 if args.leave_after else math.inf
     while progress() < 1.0 and elapsed() < stop:
         here = progress()
-        while at + 1 < len(phases) and here >= phases[at].until and ready(programs[at + 1]):
+        while (
+            at + 1 < len(phases)
+            and here >= phases[at].until
+            and ready(*(programs[T, phases[at + 1].dense] for T in phases[at + 1].lengths))
+        ):
             at += 1
-            compiled = programs[at].result()
-            say(f"step {step}: windows of {phases[at].length} tokens, {'dense' if phases[at].dense else 'sparse'}")
+            say(f"step {step}: windows of {' and '.join(map(str, phases[at].lengths))} tokens, {phases[at].kind}")
         if args.qat and here >= 1 - args.qat and ready(encoder, measuring):
             if stats is None:
                 stats = statistics(state)
@@ -518,15 +577,21 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         lr, lr_end = rate(here, step, args), rate(ahead, step + args.dispatch, args)
         gamma = args.bias_rate * min(1.0, 2 * lr / args.lr)
         knobs = jnp.asarray([lr, (lr_end - lr) / args.dispatch, gamma], jnp.float32)
-        state, metrics = compiled(state, flat, samplers[at], knobs)
+        T = phases[at].lengths[turn % len(phases[at].lengths)]
+        turn += 1
+        clock = elapsed()
+        chunks.want(*phases[at].lengths)
+        chunk = chunks.take(T)
+        waited += elapsed() - clock
+        state, metrics = programs[T, phases[at].dense].result()(state, chunk, knobs)
         step += args.dispatch
-        tokens_seen += args.dispatch * max(1, args.tokens_per_step // phases[at].length) * phases[at].length
+        tokens_seen += args.dispatch * batch(T, args) * T
         # one dispatch stays in flight while the one before is read
         if pending is not None:
             clock = marks[0]
             report(*pending)
             dispatch_seconds = 0.5 * dispatch_seconds + 0.5 * (marks[0] - clock)
-        pending = (metrics, step, tokens_seen, at)
+        pending = (metrics, step, tokens_seen, at, T)
         if elapsed() - last_eval > args.eval_seconds:
             result = evaluate_now()
             last_eval = elapsed()
@@ -547,6 +612,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     evals.file.close()
     plot(out / "log.csv", out / "eval.csv", out / "loss.svg")
     pool.shutdown(wait=True, cancel_futures=True)
+    chunks.close()
     peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     if peak:
         say(f"at most {peak / 2**30:.1f} GiB of device memory in use")
@@ -569,10 +635,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--leave-after", type=float, default=0.0, help="save and leave after so many minutes, to go on with --resume")
     add("--reserve", type=float, default=30.0, help="seconds kept for the last evaluation and saving")
     add("--steps", type=int, default=0, help="train for so many steps, whatever the time")
+    add("--init", type=Path, help="begin with the weights of this GGUF or folder of pieces, of the same sizes")
     add("--resume", action="store_true", help="go on from the checkpoint; --minutes counts this run alone")
     add("--seed", type=int, default=0)
     add("--dtype", default="bfloat16")
-    add("--phases", default="1024:dense:0.45,2048:sparse:0.35,4096:sparse:0.2", help="length:dense|sparse:share,…")
+    add("--phases", default="1024+4096:dense:0.35,1024+4096:sparse:0.65", help="length[+length]:dense|sparse:share,…")
+    add("--index-topk", type=int, help="compressed entries that the indexer picks; default: the config's")
+    add("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="processes that make data")
+    add("--shares", type=json.loads, default={}, help='JSON: {"group": share, …} changes to nano/stream.py\'s')
+    add("--long-shares", type=json.loads, default={}, help="the same for windows above 2,048 tokens")
+    add("--class-weights", type=json.loads, default=list(stream.WEIGHTS), help="JSON: loss weights of token classes")
     add("--tokens-per-step", type=int, default=32768)
     add("--dispatch", type=int, default=10, help="steps per dispatch")
     add("--lr", type=float, default=6e-3)
@@ -582,13 +654,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--cooldown", type=float, default=0.6, help="share of the run over which the learning rate falls to zero")
     add("--weight-decay", type=float, default=0.1)
     add("--clip", type=float, default=1.0)
-    add("--answer-weight", type=float, default=net.LossWeights.answer)
     add("--mtp-weight", type=float, default=net.LossWeights.mtp)
+    add("--distil", type=float, default=net.LossWeights.distil, help="share of the MTP loss that is distillation")
     add("--kl-weight", type=float, default=net.LossWeights.kl)
     add("--z-weight", type=float, default=net.LossWeights.z)
     add("--balance-weight", type=float, default=net.LossWeights.balance)
     add("--bias-rate", type=float, default=1e-3, help="step of the routers' selection biases")
-    add("--mix", help='JSON: {"group": share, …} changes to the mix of groups')
     add("--qat", type=float, default=0.25, help="last share of the run trained through the 2-bit formats; 0: none")
     add("--qat-every", type=int, default=20, help="steps between encodings")
     add("--importance-batches", type=int, default=4)
@@ -598,7 +669,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--eval-length", type=int, default=EVAL_LENGTH)
     add("--eval-windows", type=int, default=128)
     add("--eval-batch", type=int, default=16)
-    add("--eval-rows", type=int, default=512)
+    add("--eval-items", type=int, default=128, help="held-out items of each task")
+    add("--eval-long", type=int, default=4096, help="tokens of long windows")
+    add("--eval-items-long", type=int, default=64)
+    add("--eval-batch-long", type=int, default=4)
     add("--save-seconds", type=float, default=180.0)
     add("--no-checkpoints", dest="checkpoints", action="store_false")
     add("--cache", type=Path, help="folder of compiled programs; default WORK/xla-cache")

@@ -77,10 +77,14 @@ class Net:
 
 @dataclasses.dataclass(frozen=True)
 class LossWeights:
-    """Weights of the loss's parts; `answer` is that of a token which follows from what stands before it (recall)."""
+    """Weights of the loss's parts.
 
-    answer: float = 3.0
+    distil: share of the MTP layer's loss that is its divergence from the model's own next prediction, which a draft is
+    compared with, rather than from the text.
+    """
+
     mtp: float = 0.3
+    distil: float = 0.5
     kl: float = 1.0
     z: float = 1e-4
     balance: float = 1e-4
@@ -114,10 +118,18 @@ def load_counts(experts: Array, n: int) -> Array:
     return jnp.sum(experts[..., None] == jnp.arange(n, dtype=experts.dtype), axis=(1, 2), dtype=jnp.float32)
 
 
-def objective(net: Net, weights: Tree, tokens: Array, answers: Array, w: LossWeights, remat: bool = False):
-    """The training loss of tokens [B, T + 2] and what it is made of; answers: bool [B, T + 2].
+def _distillation(logits: Array, teacher: Array, weight: Array) -> Array:
+    """Weighted mean cross-entropy in nats of logits [B, T, V] with the distribution of `teacher`, taken as given."""
+    p = jax.lax.stop_gradient(jax.nn.softmax(teacher, axis=-1))
+    loss = jax.nn.logsumexp(logits, axis=-1) - jnp.sum(p * logits, axis=-1)
+    return jnp.sum(loss * weight) / jnp.sum(weight)
 
-    Returns (loss, (metrics, loads)): loads are the tokens each expert got, {layer prefix: float32 [E]}.
+
+def objective(net: Net, weights: Tree, tokens: Array, emphasis: Array, w: LossWeights, remat: bool = False):
+    """The training loss of tokens [B, T + 2] and what it is made of; emphasis: how much each token counts, [B, T + 2].
+
+    Returns (loss, (metrics, loads)): loads are the tokens each expert got, {layer prefix: float32 [E]}. "agree": how
+    often the MTP layer's likeliest token is the model's own, one step later, over tokens that count fully.
     """
     c, T = net.config, tokens.shape[1] - 2
     kl_sites = net.sites("attn.indexer.kl", lambda i: c.ratio(i) == 4)
@@ -125,12 +137,19 @@ def objective(net: Net, weights: Tree, tokens: Array, answers: Array, w: LossWei
     names = [f"{layer}.router.{part}" for layer in routed for part in ("experts", "probs")]
     tap = Tap(names=frozenset(kl_sites + names))
     logits, mtp_logits = run(net.bind(weights), tokens, tap, remat)
-    emphasis = 1 + (w.answer - 1) * answers.astype(jnp.float32)
+    emphasis = emphasis.astype(jnp.float32)
     ce, z = _cross_entropy(logits, tokens[:, 1 : T + 1], emphasis[:, 1 : T + 1])
     loss, metrics = ce + w.z * z, {"ce": ce}
     if mtp_logits is not None:
-        mtp, mtp_z = _cross_entropy(mtp_logits, tokens[:, 2 : T + 2], emphasis[:, 2 : T + 2])
-        loss, metrics["mtp"] = loss + w.mtp * (mtp + w.z * mtp_z), mtp
+        after = emphasis[:, 2 : T + 2]
+        mtp, mtp_z = _cross_entropy(mtp_logits, tokens[:, 2 : T + 2], after)
+        metrics["mtp"] = mtp
+        if w.distil:
+            mtp = (1 - w.distil) * mtp + w.distil * _distillation(mtp_logits[:, :-1], logits[:, 1:], after[:, :-1])
+        loss = loss + w.mtp * (mtp + w.z * mtp_z)
+        full = (after[:, :-1] >= 1).astype(jnp.float32)
+        same = jnp.argmax(mtp_logits[:, :-1], axis=-1) == jnp.argmax(logits[:, 1:], axis=-1)
+        metrics["agree"] = jnp.sum(same * full) / jnp.maximum(jnp.sum(full), 1)
     if kl_sites:
         kl = sum(jnp.mean(tap.store[s]) for s in kl_sites) / len(kl_sites)
         loss, metrics["kl"] = loss + w.kl * kl * len(kl_sites), kl
@@ -158,39 +177,47 @@ def balance_bias(weights: Tree, loads: Mapping[str, Array], rate: Array) -> Tree
     return new
 
 
-def judge(
-    net: Net, weights: Tree, tokens: Array, recent: Array | bool | None = None
-) -> tuple[Array, Array, Array, Array]:
+def judge(net: Net, weights: Tree, tokens: Array, recent: Array | bool | None = None) -> tuple[Array, ...]:
     """How tokens [B, T + 2] are predicted: negative log likelihoods in nats and which predictions are right, [B, T]
-    each, of the next token (tokens[:, 1 : T + 1]) and then of the token after it (MTP; tokens[:, 2 : T + 2]).
+    each, of the next token (tokens[:, 1 : T + 1]) and then of the token after it (MTP; tokens[:, 2 : T + 2]); and where
+    the MTP layer's likeliest token is what the model itself finds likeliest one step later (False at the last place).
 
     recent: where True, the indexer's choice gives way to the most recent entries; may be traced.
     """
     T = tokens.shape[1] - 2
-    out = []
+    out, best = [], []
     with contextlib.nullcontext() if recent is None else selecting(recent_if(recent)):
         predictions = run(net.bind(weights), tokens, Tap())
     for logits, shift in zip(predictions, (1, 2), strict=True):
         if logits is None:
             out += [jnp.zeros((tokens.shape[0], T)), jnp.zeros((tokens.shape[0], T), bool)]
+            best.append(jnp.full((tokens.shape[0], T), -1))
             continue
         target = tokens[:, shift : shift + T]
         nll = optax.softmax_cross_entropy_with_integer_labels(logits, target)
-        out += [nll, jnp.argmax(logits, axis=-1) == target]
-    return tuple(out)
+        best.append(jnp.argmax(logits, axis=-1))
+        out += [nll, best[-1] == target]
+    return (*out, jnp.pad(best[1][:, :-1] == best[0][:, 1:], ((0, 0), (0, 1))))
+
+
+SUMS = ("nll", "right", "count", "nll2", "right2", "count2", "agree", "drafts")
+"""What `evaluate` adds up."""
 
 
 def evaluate(net: Net, weights: Tree, tokens: Array, mask: Array) -> Array:
-    """Sums over the targets of tokens [B, T + 2] where mask [B, T + 2] is True, per row: float32 [B, 6].
+    """Sums over the targets of tokens [B, T + 2] where mask [B, T + 2] is True, per row: float32 [B, len(SUMS)].
 
-    Next token: negative log likelihood in nats, right ones, count; then the same for the token after it (MTP).
+    Next token: negative log likelihood in nats, right ones, count; the same for the token after it (MTP); how often
+    the MTP layer drafts what the model then finds likeliest, of how many drafts.
     """
     T = tokens.shape[1] - 2
-    nll, right, nll2, right2 = judge(net, weights, tokens)
+    nll, right, nll2, right2, agree = judge(net, weights, tokens)
     out = []
     for loss, hit, shift in ((nll, right, 1), (nll2, right2, 2)):
         m = mask[:, shift : shift + T].astype(jnp.float32)
         out += [jnp.sum(loss * m, axis=1), jnp.sum(hit * m, axis=1), jnp.sum(m, axis=1)]
+    drafts = mask[:, 2 : T + 1].astype(jnp.float32)
+    out += [jnp.sum(agree[:, :-1] * drafts, axis=1), jnp.sum(drafts, axis=1)]
     return jnp.stack(out, axis=1)
 
 

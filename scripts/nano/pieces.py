@@ -84,3 +84,25 @@ def load(folder: Path | str) -> tuple[Config, dict[str, np.ndarray], dict[str, n
 def with_vocabulary(config: Config, tokens: int, bos: int, eos: int) -> Config:
     """`config` for a tokenizer of `tokens` entries: rows of the embedding rounded up to a multiple of 32."""
     return dataclasses.replace(config, vocab_size=-(-tokens // 32) * 32, bos_token_id=bos, eos_token_id=eos)
+
+
+def read(path: Path | str) -> tuple[Config, dict]:
+    """Config and weights, dequantized to float32, of a GGUF or of a folder of pieces."""
+    import jax.numpy as jnp
+
+    from ds4jax import quant, weights
+
+    path = Path(path)
+    if path.is_dir():
+        config, arrays, _, _ = load(path)
+    else:
+        with weights.open_checkpoint(path) as ckpt:
+            config, arrays = ckpt.config, weights.load_arrays(ckpt, progress=False)
+
+    def plain(a):
+        if isinstance(a, quant.QuantizedArray):
+            return quant.dequantize(a, jnp.float32)
+        a = jnp.asarray(a)
+        return a.astype(jnp.float32) if jnp.issubdtype(a.dtype, jnp.floating) else a
+
+    return config, {p: plain(a) for p, a in arrays.items()}

@@ -11,7 +11,7 @@ from ds4jax import weights
 from ds4jax.chat.tokenizer import Tokenizer
 from ds4jax.lm import NANO
 from scripts import eval_nano
-from scripts.nano import shards
+from scripts.nano import pieces, shards
 
 HELDOUT = Path(__file__).parents[1] / "data" / "nano" / "heldout.npz"
 T = 256
@@ -24,7 +24,7 @@ def heldout():
 
 @pytest.fixture(scope="module")
 def judge():
-    config, arrays = eval_nano.load(NANO)
+    config, arrays = pieces.read(NANO)
     return eval_nano.Judge(config, arrays, "float32")
 
 
@@ -56,7 +56,7 @@ def test_bits_per_byte_of_held_out_text(read, heldout):
     with weights.open_checkpoint(NANO) as ckpt:
         tokenizer = Tokenizer.from_gguf(ckpt.tokenizer_source)
     size = sum(len(tokenizer.piece(int(i))) for i in text(heldout)[:, 1 : T + 1].ravel())
-    nats, right, _, right_after = read
+    nats, right, _, right_after, _ = read
     assert nats.sum() / math.log(2) / size < 1.66
     assert right.mean() > 0.28
     assert right_after.mean() > 0.25  # the MTP layer's guess at the token after the next

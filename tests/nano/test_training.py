@@ -16,7 +16,7 @@ from ds4jax.model import Config, Tap, hyper_connections
 from ds4jax.model import attention as attention_module
 from ds4jax.model.params import param_shapes
 from scripts import eval_nano, make_nano, train_nano
-from scripts.nano import muon, net, pieces, shards, windows
+from scripts.nano import muon, net, pieces, shards, stream, windows
 
 CONFIG = {
     "hidden_size": 256, "vocab_size": 512, "num_hidden_layers": 2, "num_nextn_predict_layers": 1,
@@ -98,46 +98,10 @@ def groups():
     return {"prose": shards.Group.of(text), "needle": shards.Group.of(recall)}
 
 
-def test_flatten_marks_the_answers():
-    g = groups()
-    flat, begins = windows.flatten(g, 2000)
-    at = begins["needle"]
-    assert begins["prose"] == 0 and at == 800 and not flat[at + 343 :].any()
-    marked = np.flatnonzero(flat >= windows.ANSWER)
-    assert marked.tolist() == [at + int(g["needle"].offsets[i + 1]) - k for i in range(6) for k in (3, 2)]
-    assert np.array_equal(flat[at : at + 343] & 0x7FFF, g["needle"].tokens)
-
-
-def test_windows_begin_where_they_may():
-    """Text anywhere; recall only at documents that fit, the longer ones more often."""
-    g, T = groups(), 32
-    flat, begins = windows.flatten(g, 2000)
-    s = windows.sampler(g, begins, T, {"prose": 1, "needle": 1})
-    tokens, answers = windows.draw(jnp.asarray(flat), jax.device_put(s), jax.random.key(0), 2000, T)
-    tokens, answers = np.asarray(tokens), np.asarray(answers)
-    assert tokens.shape == (2000, T + 2) and tokens.max() < 500
-    where = {flat[i : i + T + 2].tobytes(): i for i in range(2000 - T - 2)}
-    raw = (tokens | np.where(answers, 0x8000, 0)).astype(np.uint16)
-    starts = np.array([where[row.tobytes()] for row in raw])
-    recall = starts[starts >= 800] - 800
-    fits = [
-        0,
-        20,
-        250,
-    ]  # documents of 20, 30 and 25 tokens; those of 200 and 40 are too long, the last one ends the group
-    assert set(recall) == set(fits)
-    assert 850 < len(recall) < 1150
-    assert np.mean(recall == 20) == pytest.approx(30 / 75, abs=0.06)
-    assert starts[starts < 800].max() > 700 and len(set(starts[starts < 800])) > 400
-
-
-def test_text_and_recall_windows():
+def test_text_windows():
     g = groups()
     rows = windows.text_windows(g, 100, 5)
     assert np.array_equal(rows[1], g["prose"].tokens[100:202]) and len(rows) == 5
-    tokens, mask = windows.recall_windows(g["needle"], 64, 10)
-    assert len(tokens) == 5  # the document of 200 tokens does not fit
-    assert mask.sum() == 10 and np.array_equal(tokens[0][:20], g["needle"].document(0))
 
 
 # --- pieces ----------------------------------------------------------------------------------------------------------
@@ -238,7 +202,9 @@ def test_shortcuts_change_nothing(config, dense, request):
     model = net.Net(config, dtype=jnp.float32, dense=dense)
 
     def losses():
-        return jax.jit(lambda w, t: net.objective(model, w, t, t > 400, net.LossWeights())[1][0])(arrays, tokens)
+        return jax.jit(lambda w, t: net.objective(model, w, t, 1 + 2.0 * (t > 400), net.LossWeights())[1][0])(
+            arrays, tokens
+        )
 
     plain = losses()
     request.getfixturevalue("shortcuts")
@@ -259,6 +225,33 @@ def test_recent_entries():
     with net.selecting(net.recent_entries):
         assert attention_module.Indexer.select is net.recent_entries
     assert attention_module.Indexer.select is before
+
+
+def test_distillation_is_least_where_both_agree():
+    """Its minimum over the draft's logits is the teacher's distribution, and the teacher gets no gradient."""
+    teacher = jnp.asarray(np.random.default_rng(6).normal(size=(1, 3, 5)), jnp.float32)
+    weight = jnp.array([[1.0, 0.0, 2.0]])
+    value, (draft, taught) = jax.value_and_grad(net._distillation, argnums=(0, 1))(teacher, teacher, weight)
+    assert np.allclose(draft, 0, atol=1e-6) and not np.asarray(taught).any()
+    assert float(net._distillation(teacher + jnp.arange(5.0), teacher, weight)) > float(value)
+
+
+def test_agreement_is_of_the_same_token(small):
+    """The draft at t and the model's prediction at t + 1 are both of token t + 2."""
+    config, model, arrays, tokens = small
+    agree = np.asarray(jax.jit(lambda w, t: net.judge(model, w, t))(arrays, tokens)[-1])
+    assert agree.shape == (2, 64) and not agree.any()  # without an MTP layer there is no draft
+
+
+def test_weights_to_begin_with_must_fit(small, tmp_path):
+    config, _, arrays, _ = small
+    numbers = {p: np.asarray(a) for p, a in arrays.items()}
+    pieces.save(tmp_path, config, numbers, {})
+    state = {"params": {p: jnp.zeros(a.shape) for p, a in arrays.items()}, "ids": {}}
+    begun = train_nano.begin_from(state, tmp_path)["params"]
+    assert np.allclose(begun["embed.weight"], numbers["embed.weight"], atol=1e-3)
+    with pytest.raises(DS4Error, match="head.weight"):
+        train_nano.begin_from({"params": state["params"] | {"head.weight": jnp.zeros((2, 2))}, "ids": {}}, tmp_path)
 
 
 def test_the_hook_reaches_the_model(small):
@@ -302,8 +295,8 @@ def test_importance_is_the_mean_square_of_what_experts_read(small):
 
 
 def test_phases_and_rate():
-    phases = train_nano.parse_phases("128:dense:1,256:sparse:3")
-    assert [(p.length, p.dense, p.until) for p in phases] == [(128, True, 0.25), (256, False, 1.0)]
+    phases = train_nano.parse_phases("128:dense:1,128+256:sparse:3")
+    assert [(p.lengths, p.dense, p.until) for p in phases] == [((128,), True, 0.25), ((128, 256), False, 1.0)]
     with pytest.raises(SystemExit, match="dense or sparse"):
         train_nano.parse_phases("128:thick:1")
     args = train_nano.parse("--data d --out o --lr 1 --warmup 10 --cooldown 0.5".split())
@@ -361,9 +354,10 @@ def test_from_shards_to_a_gguf(tmp_path, monkeypatch):
     out = tmp_path / "out"
     common = (
         f"--data {tmp_path} --config {tmp_path}/config.json --out {out} --dispatch 5 --tokens-per-step 512 --warmup 5 "
-        "--phases 64:dense:0.5,128:sparse:0.5 --eval-length 64 --eval-windows 8 --eval-batch 4 --eval-rows 16 "
-        "--log-every 5 --qat 0.4 --qat-every 5 --importance-batches 1 --mtp-weight 0.3"
+        "--phases 64:dense:0.5,64+128:sparse:0.5 --eval-length 64 --eval-windows 8 --eval-batch 4 --eval-items 1 "
+        "--log-every 5 --qat 0.4 --qat-every 5 --importance-batches 1 --mtp-weight 0.3 --workers 1"
     ).split()
+    common += ["--shares", json.dumps(dict.fromkeys(stream.SHARES, 0) | {"prose": 3, "arithmetic": 1})]
     first = train_nano.train(train_nano.parse([*common, "--steps", "20"]))
     scores = first["as trained"]
     assert (
@@ -377,6 +371,7 @@ def test_from_shards_to_a_gguf(tmp_path, monkeypatch):
         rows = list(csv.DictReader(f))
     assert [int(r["step"]) for r in rows] == list(range(5, 45, 5))
     assert float(rows[-1]["ce"]) < float(rows[0]["ce"]) - 1 and {r["phase"] for r in rows} == {"0", "1"}
+    assert {r["length"] for r in rows} == {"64", "128"} and 0 < float(rows[-1]["agree"]) <= 1
     assert "<svg" in (out / "loss.svg").read_text()[:2000]
 
     config, arrays, importance, notes = pieces.load(out)
@@ -396,7 +391,16 @@ def test_from_shards_to_a_gguf(tmp_path, monkeypatch):
     args = type(
         "Args",
         (),
-        {"dtype": "float32", "length": 64, "windows": 40, "batch": 4, "needles": 5, "prompt": "The", "sample": 5},
+        {
+            "dtype": "float32",
+            "length": 64,
+            "windows": 40,
+            "batch": 4,
+            "needles": 5,
+            "prompt": "The",
+            "sample": 5,
+            "parts": ("text", "distance", "sample"),
+        },
     )
     measured = {
         name: eval_nano.measure(tmp_path / f"{name}.gguf", heldout, tokenizer, args, lambda text: None)
