@@ -113,6 +113,9 @@ def find_inputs(inputs: Sequence[str | os.PathLike[str]], store: Store) -> list[
         if before is None:
             raise DS4Error(f"no input, and {store.folder} holds no job to go on with: name a .jsonl or .parquet file")
         inputs = [i["name"] for i in before["inputs"]]
+        gone = next((name for name in inputs if not Path(name).exists()), None)
+        if gone is not None:
+            raise DS4Error(f"{gone}: gone, and the job in {store.folder} began with it: put it back, or name its copy")
     if STDIN not in [str(i) for i in inputs]:
         return sources.find(inputs)
     if len(inputs) > 1:

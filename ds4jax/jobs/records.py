@@ -114,7 +114,8 @@ def _json(raw: bytes | str) -> Any:
     except RecursionError:
         raise BadRecord("bad JSON: nested too deeply", "invalid_json") from None
     except ValueError as e:
-        raise BadRecord(f"bad JSON: {e}", "invalid_json") from None
+        what = f"{e.msg} at column {e.colno}" if isinstance(e, json.JSONDecodeError) else e
+        raise BadRecord(f"bad JSON: {what}; each line must be a whole JSON object", "invalid_json") from None
 
 
 def _no_constant(name: str):
@@ -226,7 +227,7 @@ def _take(value: Mapping, checks: Mapping[str, Callable], options: dict[str, Any
 def _no_others(value: Mapping, known, where: str) -> None:
     unknown = [str(k) for k in value if k not in known]
     if unknown:
-        useful = [k for k in known if k not in _IGNORED and k not in _UNSUPPORTED]
+        useful = [k for k in known if not (k in value or k in _IGNORED or k in _UNSUPPORTED)]
         meant = lambda k: f" (did you mean {json.dumps(near)}?)" if (near := nearest(k, useful)) else ""  # noqa: E731
         names = ", ".join(json.dumps(k) + meant(k) for k in unknown)
         raise BadRecord(f"unknown field{'s' if len(unknown) > 1 else ''} {names} in {where}: remove or correct")

@@ -115,14 +115,20 @@ def read(sources: Sequence[Source], columns: Mapping[str, str] | None = None) ->
 
 def count(sources: Sequence[Source]) -> int:
     """How many records there are, without looking into them."""
-    total = 0
-    for source in sources:
-        if source.kind == "parquet":
-            with open(source.path, "rb") as f:
-                total += _pyarrow("parquet").ParquetFile(f).metadata.num_rows
-        else:
-            total += sum(1 for _ in (_table(source, {}) if source.kind == "arrow" else _lines(source)))
-    return total
+    return sum(_count(source) for source in sources)
+
+
+def _count(source: Source) -> int:
+    if source.kind not in ("parquet", "arrow"):
+        return sum(1 for _ in _lines(source))
+    tables = _pyarrow("parquet" if source.kind == "parquet" else "ipc")
+    try:
+        with open(source.path, "rb") as f:
+            if source.kind == "parquet":
+                return tables.ParquetFile(f).metadata.num_rows
+            return sum(batch.num_rows for batch in _batches(source, f))
+    except Exception as e:  # noqa: BLE001 - pyarrow's own kinds
+        raise DS4Error(f"{source.name}: damaged or cut off: {str(e).splitlines()[0]}; copy it again") from None
 
 
 def _open(source: Source) -> BinaryIO:
@@ -177,7 +183,7 @@ def _table(source: Source, columns: Mapping[str, str]) -> Iterator[tuple[int, di
                     has = ", ".join(batch.schema.names)
                     raise DS4Error(f"{source.name}: no column {missing[0]!r}; there are {has}")
                 names = {ours: theirs for ours, theirs in names.items() if theirs in batch.schema.names}
-                if not names:
+                if not names.keys() & {"prompt", "messages", "body"}:
                     has = ", ".join(batch.schema.names)
                     raise DS4Error(f"{source.name}: no column prompt or messages among {has}; name one with --column")
                 taken = batch.select(list(dict.fromkeys(names.values()))).to_pylist()

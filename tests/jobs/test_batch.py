@@ -326,6 +326,17 @@ def test_stdin_is_kept_and_compared(tmp_path, monkeypatch):
         batch([], Fake, tmp_path / "none", QUICK)
 
 
+def test_a_vanished_input_is_named_and_its_copy_taken(tmp_path, fake):
+    path = tmp_path / "in.jsonl"
+    write(path, mixed(20))
+    batch([path], lambda: fake, tmp_path / "out", QUICK)
+    path.rename(tmp_path / "moved.jsonl")
+    with pytest.raises(DS4Error, match="in.jsonl: gone, and the job in .* put it back, or name its copy"):
+        batch([], Fake, tmp_path / "out", QUICK)
+    batch([tmp_path / "moved.jsonl"], Fake, tmp_path / "out", QUICK)
+    assert len(load(tmp_path / "out")) == 20
+
+
 # --- the library form
 
 

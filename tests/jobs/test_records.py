@@ -133,7 +133,8 @@ def test_capture_forms():
     "raw, code, message",
     [
         (b"{nope", "invalid_json", "bad JSON: Expecting property name"),
-        (b'{"prompt": "x"', "invalid_json", "bad JSON"),
+        (b'{"prompt": "x"', "invalid_json", "delimiter at column 15; each line must be a whole JSON"),
+        (line(id=1, ids=2, prompt="x"), "invalid_request", 'unknown field "ids" in'),  # "id" is there already
         (b'{"prompt": "x", "temperature": NaN}', "invalid_json", "NaN is no JSON"),
         (b"[" * 100_000, "invalid_json", "nested too deeply"),
         (b'["x"]', "invalid_json", "a JSON list; each line must be an object"),

@@ -121,9 +121,22 @@ def test_table_without_a_known_column(tmp_path):
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet as pq
 
-    pq.write_table(pa.table({"x": [1]}), tmp_path / "a.parquet")
-    with pytest.raises(DS4Error, match="no column prompt or messages among x; name one with --column"):
-        list(read(find([tmp_path / "a.parquet"])))
+    for columns in ({"x": [1]}, {"x": [1], "id": ["a"], "seed": [2]}):
+        pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+        has = ", ".join(columns)
+        with pytest.raises(DS4Error, match=f"no column prompt or messages among {has}; name one with --column"):
+            list(read(find([tmp_path / "a.parquet"])))
+
+
+@pytest.mark.parametrize("cut", [lambda b: b[: len(b) // 2], lambda b: b[:4], lambda b: b[:40] + bytes(40) + b[80:-30]])
+def test_damaged_tables_are_named(tmp_path, cut):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"prompt": ["x"] * 100}), tmp_path / "a.parquet")
+    (tmp_path / "b.parquet").write_bytes(cut((tmp_path / "a.parquet").read_bytes()))
+    with pytest.raises(DS4Error, match="b.parquet: damaged or cut off: .*; copy it again"):
+        count(find([tmp_path / "b.parquet"]))
 
 
 def test_messages_in_a_table_have_no_nulls(tmp_path):
