@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 CONTEXT = 512
-NEAR = 1e-3  # nats: how close the two likeliest tokens must be for another order of summation to swap them
+# how close two tokens must be for other company to swap them, in nats, with and without the cache's simulated rounding
+LIMIT = {True: 1e-2, False: 1e-4}
 WORDS = "the cat sat on a mat while old Tom went to find his red boat near the quiet mill and sang".split()
 
 
@@ -152,8 +153,30 @@ def _nano(context: int = CONTEXT, **options):
     return ds4jax.load("nano", context=context, device="cpu", verbose=False, **options)
 
 
+def _gap(lm, line: dict[str, Any], out, n: int) -> float:
+    """How far apart the two tokens were between which choice number n of an output fell: of their logits, with the
+    draw's noise where it was drawn."""
+    import jax
+    import jax.numpy as jnp
+
+    from ds4jax.runtime import Sampling
+    from ds4jax.runtime.sampling import keep_mask
+
+    tokens = lm._prepare(line["prompt"], False, None)[0] + out.tokens[:n]
+    logits = jnp.where(lm.programs.usable, lm.logits(tokens)[-1], -jnp.inf)
+    if line["temperature"]:
+        rules = Sampling()
+        scaled = (logits - logits.max())[None] / line["temperature"]
+        keep = keep_mask(scaled, *(jnp.asarray([x]) for x in (rules.top_k, rules.top_p, rules.min_p)))[0]
+        key = jax.random.fold_in(jax.random.PRNGKey(out.seed), n)
+        logits = jnp.where(keep, scaled[0] + jax.random.gumbel(key, scaled.shape[1:]), -jnp.inf)
+    first, second = jax.lax.top_k(logits, 2)[0]
+    return float(first - second)
+
+
 def company(*, requests: int, slots: int = 16, cache_quant: bool = True) -> dict[str, Any]:
-    """Texts of a batch against those of the same requests one after the other in an engine of one slot."""
+    """Texts of a batch against those of the same requests one after the other in an engine of one slot: every other
+    one greedy, the rest drawn with their seeds."""
     from ds4jax.jobs import run
     from ds4jax.jobs.model import Local
 
@@ -162,24 +185,26 @@ def company(*, requests: int, slots: int = 16, cache_quant: bool = True) -> dict
     lines = []
     for i in range(requests):
         text = " ".join(rng.choices(WORDS, k=rng.randint(1, 20)))
-        greedy = i % 2 == 0
-        lines.append({"id": i, "prompt": text, "max_tokens": 12, "logprobs": 2, "temperature": 0 if greedy else 1.0})
+        how = {"temperature": 0} if i % 2 == 0 else {"temperature": 1.0, "seed": rng.randrange(2**32)}
+        lines.append({"id": i, "prompt": text, "max_tokens": 12, "logprobs": True, **how})
     together = {r.id: r.outputs[0] for r in run(lines, Local(lm, slots=slots))}
     alone = {r.id: r.outputs[0] for r in run(lines, Local(lm, slots=1))}
-    different = near = 0
-    worst, gaps = 0.0, []
-    for i in range(requests):
+    limit = LIMIT[cache_quant]
+    figures = dict(requests=requests, tokens=sum(len(o.tokens) for o in alone.values()), limit=limit)
+    different: dict[str, list[list[float]]] = {"greedy": [], "sampled": []}
+    worst = 0.0
+    for i, line in enumerate(lines):
         a, b = together[i], alone[i]
         n = next((k for k, (x, y) in enumerate(zip(a.tokens, b.tokens, strict=False)) if x != y), None)
         upto = len(a.tokens) if n is None else n
         worst = max([worst, *(abs(x - y) for x, y in zip(a.logprobs[:upto], b.logprobs[:upto], strict=True))])
         if n is not None:
-            different += 1
-            first, second = sorted(a.top_logprobs[n].values(), reverse=True)[:2]
-            gaps.append([i, round(first - second, 6), "greedy" if i % 2 == 0 else "sampled"])
-            near += i % 2 == 0 and first - second < NEAR
-    return dict(requests=requests, different=different, within_limit=near, limit=NEAR, first_gaps=gaps[:10],
-                largest_logprob_difference=worst)  # fmt: skip
+            different["sampled" if line["temperature"] else "greedy"].append([i, round(_gap(lm, line, b, n), 6)])
+    for kind, found in different.items():
+        figures[f"{kind}_different"] = len(found)
+        figures[f"{kind}_beyond_limit"] = sum(gap > limit for _, gap in found)
+        figures[f"{kind}_gaps"] = found[:10]
+    return figures | dict(largest_logprob_difference=worst)
 
 
 def memory(*, requests: int, slots: int = 16, context: int = 1024, budget_mib: float = 8.0) -> dict[str, Any]:
@@ -230,6 +255,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1e9, help="stop killing after this long")
     parser.add_argument("--pause", type=float, default=2.0, help="seconds from a run's first record to its end, mean")
     parser.add_argument("--folder", help="default: a temporary one")
+    parser.add_argument("--no-cache-quant", action="store_true", help="company: without the cache's simulated rounding")
     parser.add_argument("--undisturbed", help="the --folder of a run with --kills 0, to compare texts with")
     args = parser.parse_args()
     if args.what == "kills":
@@ -239,8 +265,10 @@ def main() -> None:
                 folder, requests=args.requests, kills=args.kills, slots=args.slots, seconds=args.seconds,
                 pause=args.pause, undisturbed=Path(args.undisturbed) if args.undisturbed else None,
             )  # fmt: skip
+    elif args.what == "company":
+        figures = company(requests=args.requests, slots=args.slots, cache_quant=not args.no_cache_quant)
     else:
-        figures = {"company": company, "memory": memory}[args.what](requests=args.requests, slots=args.slots)
+        figures = memory(requests=args.requests, slots=args.slots)
     print(json.dumps(figures))
 
 
