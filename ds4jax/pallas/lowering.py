@@ -119,15 +119,20 @@ def call(
     grid: tuple[int, ...],
     tuning: Tuning,
     name: str,
+    aliases: dict[int, int] | None = None,
 ) -> Any:
-    """Run `kernel(*input refs, *output refs)` over `grid`; every ref is a whole array in device memory."""
+    """Run `kernel(*input refs, *output refs)` over `grid`; every ref is a whole array in device memory.
+
+    aliases: which argument an output shares its memory with: it begins as what the argument holds.
+    """
+    shared = {"input_output_aliases": aliases or {}}
     if interpreting():
-        return pl.pallas_call(kernel, out_shape=out, grid=grid, interpret=True, name=name)(*args)
+        return pl.pallas_call(kernel, out_shape=out, grid=grid, interpret=True, name=name, **shared)(*args)
     triton = _triton()
     _quiet()
     params = getattr(triton, "CompilerParams", None) or triton.TritonCompilerParams
     params = params(num_warps=tuning.warps, num_stages=tuning.stages)
-    return pl.pallas_call(kernel, out_shape=out, grid=grid, compiler_params=params, name=name)(*args)
+    return pl.pallas_call(kernel, out_shape=out, grid=grid, compiler_params=params, name=name, **shared)(*args)
 
 
 @functools.cache
@@ -203,6 +208,34 @@ def byte_float(x: Array, i: int) -> Array:
     return biased - np.float32(2**23 + 128)
 
 
+SMALL_BIAS = 192
+
+
+def small_bytes_float(x: Array) -> list[Array]:
+    """Bytes 0 … 3 of each word, signed and within [-64, 64), plus `SMALL_BIAS`: float32, an instruction each."""
+    biased = (_bits(x) & np.int32(0x7F7F7F7F)) ^ np.int32(0x40404040)
+    top = jnp.full(biased.shape, 0x43000000, jnp.int32)  # a float's 128, whose bit 16 counts ones
+    return [_bits(pick(biased, top, 0x7044 | i << 8), jnp.float32) for i in range(4)]
+
+
+def fma(a: Array, b: Array, c: Array) -> Array:
+    """a · b + c, float32, in one instruction: this lowering fuses none by itself."""
+    if interpreting():
+        return a * b + c
+    out = _asm("fma.rn.f32 $0, $1, $2, $3;", [_bits(x) for x in (a, b, c)])
+    return _bits(out, jnp.float32)
+
+
+def round_pairs(x: Array) -> Array:
+    """float32 → bfloat16, two at a time. Also a barrier: what made x is not moved to the other side of the rounding,
+    where a compiler would lay a tensor core's operand out as x's axes were before they were brought in order."""
+    if interpreting():
+        return x.astype(jnp.bfloat16)
+    out = jax.ShapeDtypeStruct(x.shape, jnp.bfloat16)
+    kw = dict(args=[_bits(x)], constraints="=r,r,r", pack=2, result_shape_dtypes=[out])
+    return _triton().elementwise_inline_asm("cvt.rn.bf16x2.f32 $0, $2, $1;", **kw)[0]
+
+
 def dot4(a: Array, b: Array, c: Array | None = None) -> Array:
     """Σ of the products of four signed bytes, plus c: int32."""
     a, b = _bits(a), _bits(b)
@@ -249,6 +282,15 @@ def opaque(x: Array) -> Array:
     return x if interpreting() else _asm("mov.b32 $0, $1;", (x,))
 
 
+def round_even(x: Array) -> Array:
+    """Nearest whole number, ties to even, of float32 |x| < 2²³: there numbers are a whole step apart. (XLA would
+    simplify that away, and has an operation for it; kernels have none.)"""
+    if interpreting():
+        return jnp.round(x)
+    shift = jnp.where(x < 0, -(2.0**23), 2.0**23)
+    return (x + shift) - shift
+
+
 def words_of_bytes(x: Array) -> Array:
     """int8[..., 4n] → int32[..., n], the same bytes; no instruction where a thread holds the four."""
     n = x.shape[-1] // 4
@@ -282,13 +324,15 @@ def _join(a: Array, b: Array) -> Array:
     return jnp.concatenate([a[..., None], b[..., None]], axis=-1)
 
 
-def stack4(parts: Sequence[Array]) -> Array:
-    """Four [...] → [..., 4]."""
-    if interpreting():
+def stack(parts: Sequence[Array]) -> Array:
+    """n [...] → [..., n] for a power of two n; no data moves where a thread holds an element's n."""
+    if interpreting() or len(parts) == 1:
         return jnp.stack(parts, axis=-1)
-    w0, w1, w2, w3 = parts
-    both = _join(_join(w0, w2), _join(w1, w3))
-    return both.reshape(*both.shape[:-2], 4)
+    shape, n = parts[0].shape, len(parts)
+    while len(parts) > 1:
+        half = len(parts) // 2
+        parts = [_join(a, b) for a, b in zip(parts[:half], parts[half:], strict=True)]
+    return parts[0].reshape(*shape, n)
 
 
 def matrix_product(a: Array, b: Array) -> Array:
