@@ -55,14 +55,15 @@ class Run:
 
     def packed(self) -> Array:
         """The words as [L, R, 4]."""
-        return lo.stack4(self.words) if isinstance(self.words, list) else self.words
+        return lo.stack(self.words) if isinstance(self.words, list) else self.words
 
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
     """Rows of a packed matrix, as a kernel sees them.
 
-    refs: the parts [rows, entries] by name. rows: int32 [R]. table: ref of the codebook's selectors, or None.
+    refs: the parts [rows, entries] by name. rows: int32 [R], or [L, R] where they differ by place. table: ref of the
+    codebook's selectors, or None.
     """
 
     refs: dict[str, Any]
@@ -71,7 +72,8 @@ class Tile:
 
     def part(self, name: str, index: Array) -> Array:
         """Entries `index` [L, …] of every row: [L, R, …]."""
-        rows = self.rows.reshape(1, -1, *[1] * (index.ndim - 1))
+        rows = self.rows if self.rows.ndim == 2 else self.rows[None]
+        rows = rows.reshape(*rows.shape, *[1] * (index.ndim - 1))
         return lo.load(self.refs[name], (rows, index[:, None]), stream=True)
 
     def words(self, name: str, index: Array) -> Array:
@@ -434,6 +436,8 @@ DECODERS: dict[str, Decoder] = {
 MATRIX = DECODERS | {"Q8_0": Decoder(32, _q8_0_numbers, floats=True)}
 """Decoders for tensor-core kernels."""
 
+WIDE = {"IQ4_NL", "IQ4_XS"}  # whose bytes pass ±64
+
 
 def runs(format: str, tile: Tile, units: Array, codebook: np.ndarray | None, *, matrix: bool = False) -> Iterator[Run]:
     """The runs of `units` (int32 [L]) of a tile of `format`; `matrix`: as `MATRIX` decodes them."""
@@ -443,31 +447,36 @@ def runs(format: str, tile: Tile, units: Array, codebook: np.ndarray | None, *, 
     return decoder.runs(tile, units, codebook)
 
 
-def values(run: Run, dtype: Any) -> Iterator[Array]:
-    """A run's values, decoded in float32 and rounded once, as matrices [R, n]; their columns are `columns`'s."""
+def values(format: str, tile: Tile, units: Array, codebook: np.ndarray | None, dtype: Any) -> Array:
+    """All elements of `units` [L], decoded in float32 and rounded once: [R, L · elements of a unit].
 
-    def matrix(codes: Array) -> Array:  # float32 [L, R, n]
-        out = codes * run.scale[..., None]
-        if run.offset is not None:
-            out = out + run.offset[..., None]
-        L, R, n = out.shape
-        return jnp.transpose(out.astype(dtype), (1, 0, 2)).reshape(R, L * n)
-
-    if run.floats is not None:
-        yield matrix(run.floats)
-    else:
-        words = run.packed()
-        for b in range(4):
-            yield matrix(lo.byte_float(words, b))
-
-
-def columns(format: str, units: np.ndarray) -> list[np.ndarray]:
-    """The elements of a row, in order of their columns, of each matrix that `values` makes of `MATRIX`'s runs."""
-    decoder, out = MATRIX[format], []
-    for r in range(decoder.unit // 16):
-        first = 16 * decoder.places(units, r)[:, None]
-        if decoder.floats:
-            out.append((first + np.arange(16)).reshape(-1))
+    A thread's elements are neighbours in the result, in the order in which it has them: what goes through shared
+    memory goes there in wide stores. The columns are `columns`'s.
+    """
+    # Places of all rows in one axis, those of a row side by side: lanes are dealt along it. A compiler takes an operand
+    # for what its neighbouring lanes have in common, and these should be columns.
+    L, R = units.shape[0], tile.rows.shape[0]
+    rows = jnp.broadcast_to(tile.rows[:, None], (R, L)).reshape(R * L, 1)
+    units = lo.opaque(jnp.broadcast_to(units[None, :], (R, L)).reshape(R * L))  # a unit a thread
+    out = []
+    for run in runs(format, Tile(tile.refs, rows, tile.table), units, codebook, matrix=True):
+        scale, offset = run.scale[..., None], None if run.offset is None else run.offset[..., None]
+        if run.floats is not None:
+            numbers = [run.floats]
+        elif format in WIDE:
+            numbers = [lo.byte_float(run.packed(), b) for b in range(4)]
         else:
-            out += [(first + 4 * np.arange(4) + b).reshape(-1) for b in range(4)]
-    return out
+            numbers, bias = lo.small_bytes_float(run.packed()), -lo.SMALL_BIAS * scale
+            offset = bias if offset is None else offset + bias
+        out += [n * scale if offset is None else lo.fma(n, scale, offset) for n in numbers]
+    out = lo.stack(out).reshape(R, L * DECODERS[format].unit)
+    return lo.round_pairs(out) if dtype == jnp.bfloat16 else out.astype(dtype)
+
+
+def columns(format: str, units: np.ndarray) -> np.ndarray:
+    """The elements of a row, in order of their columns in what `values` makes of `units`."""
+    decoder = MATRIX[format]
+    first = np.stack([16 * decoder.places(units, r) for r in range(decoder.unit // 16)], axis=1)  # [L, runs]
+    if decoder.floats:
+        return (first[:, None, :] + np.arange(16)[:, None]).reshape(-1)
+    return (first[:, None, :, None] + 4 * np.arange(4)[:, None, None] + np.arange(4)).reshape(-1)

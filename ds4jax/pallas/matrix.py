@@ -1,7 +1,8 @@
 """Products of a packed weight with many rows of activations, on tensor cores.
 
-A program decodes tiles of the weight to bfloat16 and multiplies them with a tile of tokens. The weight is the left
-operand: on Hopper that one may stay in registers, so what is decoded never goes through shared memory.
+A program decodes a tile of the weight to bfloat16 and multiplies a tile of tokens with it, step by step along the
+input. Decoding costs more than multiplying, so a step decodes as much as fits, stores it to shared memory sixteen
+bytes at a time, and waits once for the products; while a program waits, others decode.
 
 The same loop serves one matrix and routed experts. For experts, assignments (token, expert) are sorted by expert and
 cut into tiles of `tokens` rows by a schedule of fixed size: no capacity, no loop whose length depends on data, and at
@@ -10,6 +11,7 @@ most one partly filled tile an expert.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -37,17 +39,14 @@ def _in_kernel_order(x: Array, format: str, units: int) -> Array:
     """x [T, K] with its columns as the kernel meets them, so that it reads them in a row; zeros where a row's units do
     not fill a step: [T, steps · units · elements of a unit]."""
     K = x.shape[-1]
-    count = K // decode.DECODERS[format].unit
-    order = []
-    for step in range(-(-count // units)):
-        u = step * units + np.arange(units)
-        for column in decode.columns(format, u):
-            inside = u.repeat(len(column) // units) < count
-            order.append(np.where(inside, column, K))
-    order = np.concatenate(order).astype(np.int32)
-    if (order == K).any():
-        x = jnp.pad(x, ((0, 0), (0, 1)))
-    return jnp.take(x, order, axis=1)
+    unit = decode.DECODERS[format].unit
+    count = K // unit
+    u = np.arange(-(-count // units) * units)
+    order = decode.columns(format, u)
+    order = np.where((u < count).repeat(unit), order, K).astype(np.int32)
+    if len(order) > K:
+        x = jnp.pad(x, ((0, 0), (0, len(order) - K)))
+    return x if (order == np.minimum(np.arange(len(order)), K)).all() else jnp.take(x, order, axis=1)
 
 
 def _units(format: str, K: int, units: int) -> int:
@@ -57,28 +56,21 @@ def _units(format: str, K: int, units: int) -> int:
 def _products(
     tiles: list[tuple[str, decode.Tile, np.ndarray | None]], K: int, units: int, x_ref: Any, x_rows: Array
 ) -> list[Array]:
-    """Each tile's rows times the rows `x_rows` [M] of `_in_kernel_order`: float32 [R, M] each. All of one format."""
-    format = tiles[0][0]
-    unit = decode.DECODERS[format].unit
-    count = K // unit
+    """Each tile's rows times the rows `x_rows` [M] of `_in_kernel_order`: float32 [M, R] each. All of one format."""
+    unit = decode.DECODERS[tiles[0][0]].unit
+    count, width = K // unit, units * unit
     R, M = tiles[0][1].rows.shape[0], x_rows.shape[0]
 
     def step(i, sums):
         u = i * units + jnp.arange(units, dtype=jnp.int32)
         if count % units:
             u = jnp.minimum(u, count - 1)  # x is zero there
-        generators = [decode.runs(format, tile, u, codebook, matrix=True) for _, tile, codebook in tiles]
-        at = i * units * unit
-        for runs in zip(*generators, strict=True):
-            for pair in zip(*(decode.values(run, x_ref.dtype) for run in runs), strict=True):
-                n = pair[0].shape[1]
-                column = at + jnp.arange(n, dtype=jnp.int32)
-                at = at + n
-                x = lo.load(x_ref, (x_rows[:, None], column[None, :]))
-                sums = [s + lo.matrix_product(w, x) for s, w in zip(sums, pair, strict=True)]
-        return sums
+        column = i * width + jnp.arange(width, dtype=jnp.int32)
+        x = lo.load(x_ref, (x_rows[:, None], column[None, :]))
+        weights = [decode.values(format, tile, u, codebook, x_ref.dtype) for format, tile, codebook in tiles]
+        return [s + lo.matrix_product(x, w) for s, w in zip(sums, weights, strict=True)]
 
-    return lo.loop(-(-count // units), step, [jnp.zeros((R, M), jnp.float32) for _ in tiles])
+    return lo.loop(-(-count // units), step, [jnp.zeros((M, R), jnp.float32) for _ in tiles])
 
 
 def matmul(
@@ -92,7 +84,7 @@ def matmul(
     _check(x.dtype, K, format)
     tuning = tuning or tuned.lookup("dense", format, out, K)
     R = max(16, min(tuning.rows, matvec.power_of_two(out)))
-    M = max(16, min(tuning.tokens, matvec.power_of_two(N)))
+    M = tuning.tokens
     units = _units(format, K, tuning.units)
     stack = Stack(parts, format, codebook)
     arguments = stack.arguments()
@@ -103,11 +95,9 @@ def matmul(
         row = pl.program_id(0) * R + jnp.arange(R, dtype=jnp.int32)
         token = pl.program_id(1) * M + jnp.arange(M, dtype=jnp.int32)
         tile = stack.tile(stack_refs, g * out + jnp.minimum(row, out - 1))
-        (y,) = _products(
-            [(format, tile, codebook)], K, units, x_ref, jnp.minimum(token, N - 1) * G + g
-        )  # fmt: skip
-        inside = (row < out)[:, None] & (token < N)[None, :]
-        lo.store(out_ref, ((token * G + g)[None, :], row[:, None]), y, mask=inside)
+        (y,) = _products([(format, tile, codebook)], K, units, x_ref, jnp.minimum(token, N - 1) * G + g)
+        inside = (token < N)[:, None] & (row < out)[None, :]
+        lo.store(out_ref, ((token * G + g)[:, None], row[None, :]), y, mask=inside)
 
     y = lo.call(
         kernel, jax.ShapeDtypeStruct((N * G, out), out_dtype), _in_kernel_order(x.reshape(N * G, K), format, units),
@@ -119,75 +109,68 @@ def matmul(
 # ---- routed experts --------------------------------------------------------------------------------------------------
 
 
+def _grouped(
+    name: str, x: Array, stacks: list[Stack], ids: Array, more: list[Array], dtype: Any, tuning: lo.Tuning | None,
+    source: Callable[[Array], Array], finish: Callable[..., Array],
+) -> Array:  # fmt: skip
+    """Every assignment's products with its expert's rows of `stacks`: [T·k, out] of `dtype`.
+
+    x: [rows, K]; an assignment n has row source(n). finish(n [M], refs of `more`, *products [M, R]) → [M, R].
+    """
+    K, N, first = x.shape[1], ids.size, stacks[0]
+    experts, out = first.parts["codes"].shape[:2]
+    _check(x.dtype, K, *(stack.format for stack in stacks))
+    tuning = tuning or tuned.grouped(first.format, out, K, N, experts)
+    R, M = max(16, min(tuning.rows, matvec.power_of_two(out))), tuning.tokens
+    units = _units(first.format, K, tuning.units)
+    arguments = [stack.arguments() for stack in stacks]
+    each = len(arguments[0])
+
+    def kernel(x_ref, order_ref, expert_ref, start_ref, count_ref, *refs):
+        more_refs, stack_refs, out_ref = refs[: len(more)], refs[len(more) : -1], refs[-1]
+        i = pl.program_id(1)
+        count = count_ref[i]
+        row = pl.program_id(0) * R + jnp.arange(R, dtype=jnp.int32)
+
+        @pl.when(count > 0)
+        def _():
+            place = jnp.arange(M, dtype=jnp.int32)
+            n = lo.load(order_ref, (start_ref[i] + place,))
+            rows = expert_ref[i] * out + jnp.minimum(row, out - 1)
+            tiles = [
+                (stack.format, stack.tile(stack_refs[j * each : (j + 1) * each], rows), stack.codebook)
+                for j, stack in enumerate(stacks)
+            ]
+            y = finish(n, more_refs, *_products(tiles, K, units, x_ref, source(n)))
+            lo.store(out_ref, (n[:, None], row[None, :]), y, mask=(place < count)[:, None] & (row < out)[None, :])
+
+    plan = schedule(ids, experts, M)
+    return lo.call(
+        kernel, jax.ShapeDtypeStruct((N, out), dtype), _in_kernel_order(x, first.format, units), *plan, *more,
+        *(a for its in arguments for a in its), grid=(-(-out // R), plan.expert.shape[0]), tuning=tuning,
+        name=f"grouped_{name}_{first.format.lower()}",
+    )  # fmt: skip
+
+
 def grouped_swiglu(
     x: Array, gate: Stack, up: Stack, ids: Array, weights: Array, limit: float, tuning: lo.Tuning | None = None
 ) -> Array:
     """`quant.expert_swiglu` for many tokens, bfloat16."""
-    (T, D), k, F = x.shape, ids.shape[1], gate.out
-    _check(x.dtype, D, gate.format, up.format)
     if gate.format != up.format:
         raise NotImplementedError(f"gate in {gate.format} and up in {up.format}")
-    tuning = tuning or tuned.grouped(gate.format, F, D, T * k, gate.parts["codes"].shape[0])
-    R, M = max(16, min(tuning.rows, matvec.power_of_two(F))), tuning.tokens
-    units = _units(gate.format, D, tuning.units)
-    plan = schedule(ids, gate.parts["codes"].shape[0], M)
-    first, second = gate.arguments(), up.arguments()
+    k = ids.shape[1]
 
-    def kernel(x_ref, weights_ref, order_ref, expert_ref, start_ref, count_ref, *refs):
-        gate_refs, up_refs, out_ref = refs[: len(first)], refs[len(first) : -1], refs[-1]
-        i = pl.program_id(1)
-        count = count_ref[i]
-        row = pl.program_id(0) * R + jnp.arange(R, dtype=jnp.int32)
+    def finish(n, refs, gate, up):
+        return activation(gate, up, lo.load(refs[0], (n,))[:, None], limit)
 
-        @pl.when(count > 0)
-        def _():
-            place = jnp.arange(M, dtype=jnp.int32)
-            n = lo.load(order_ref, (start_ref[i] + place,))
-            rows = expert_ref[i] * F + jnp.minimum(row, F - 1)
-            tiles = [
-                (stack.format, stack.tile(stack_refs, rows), stack.codebook)
-                for stack, stack_refs in ((gate, gate_refs), (up, up_refs))
-            ]
-            sums = _products(tiles, D, units, x_ref, n // k)
-            h = activation(*sums, lo.load(weights_ref, (n,))[None, :], limit)
-            lo.store(out_ref, (n[None, :], row[:, None]), h, mask=(row < F)[:, None] & (place < count)[None, :])
-
-    h = lo.call(
-        kernel, jax.ShapeDtypeStruct((T * k, F), x.dtype), _in_kernel_order(x, gate.format, units),
-        weights.reshape(-1), *plan, *first, *second, grid=(-(-F // R), plan.expert.shape[0]), tuning=tuning,
-        name=f"grouped_swiglu_{gate.format.lower()}",
-    )  # fmt: skip
-    return h.reshape(T, k, F)
+    h = _grouped("swiglu", x, [gate, up], ids, [weights.reshape(-1)], x.dtype, tuning, lambda n: n // k, finish)
+    return h.reshape(*ids.shape, gate.out)
 
 
 def grouped_down(h: Array, stack: Stack, ids: Array, tuning: lo.Tuning | None = None) -> Array:
     """`quant.expert_down` for many tokens, bfloat16."""
-    (T, k, F), D = h.shape, stack.out
-    _check(h.dtype, F, stack.format)
-    tuning = tuning or tuned.grouped(stack.format, D, F, T * k, stack.parts["codes"].shape[0])
-    R, M = max(16, min(tuning.rows, matvec.power_of_two(D))), tuning.tokens
-    units = _units(stack.format, F, tuning.units)
-    plan = schedule(ids, stack.parts["codes"].shape[0], M)
-    arguments = stack.arguments()
-
-    def kernel(h_ref, order_ref, expert_ref, start_ref, count_ref, *refs):
-        stack_refs, out_ref = refs[:-1], refs[-1]
-        i = pl.program_id(1)
-        count = count_ref[i]
-        row = pl.program_id(0) * R + jnp.arange(R, dtype=jnp.int32)
-
-        @pl.when(count > 0)
-        def _():
-            place = jnp.arange(M, dtype=jnp.int32)
-            n = lo.load(order_ref, (start_ref[i] + place,))
-            rows = expert_ref[i] * D + jnp.minimum(row, D - 1)
-            tile = (stack.format, stack.tile(stack_refs, rows), stack.codebook)
-            (y,) = _products([tile], F, units, h_ref, n)
-            lo.store(out_ref, (n[None, :], row[:, None]), y, mask=(row < D)[:, None] & (place < count)[None, :])
-
-    y = lo.call(
-        kernel, jax.ShapeDtypeStruct((T * k, D), jnp.float32),
-        _in_kernel_order(h.reshape(T * k, F), stack.format, units), *plan, *arguments,
-        grid=(-(-D // R), plan.expert.shape[0]), tuning=tuning, name=f"grouped_down_{stack.format.lower()}",
-    )  # fmt: skip
-    return jnp.sum(y.reshape(T, k, D), axis=1).astype(h.dtype)
+    T, k, F = h.shape
+    y = _grouped(
+        "down", h.reshape(T * k, F), [stack], ids, [], jnp.float32, tuning, lambda n: n, lambda n, refs, y: y
+    )
+    return jnp.sum(y.reshape(T, k, stack.out), axis=1).astype(h.dtype)

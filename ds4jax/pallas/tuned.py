@@ -12,6 +12,7 @@ import functools
 import json
 from pathlib import Path
 
+from ds4jax.pallas.decode import DECODERS
 from ds4jax.pallas.lowering import Tuning, device_kind
 
 FILE = Path(__file__).with_name("tuned.json")
@@ -23,9 +24,10 @@ _DEFAULT = {
     "swiglu": Tuning(rows=4, units=32, warps=1),
     "down": Tuning(rows=4, units=32, warps=1),
     "bytes": Tuning(rows=4, units=32, warps=1, tokens=4),
-    "dense": Tuning(rows=64, units=8, warps=4, stages=2, tokens=64),
-    "grouped": Tuning(rows=64, units=8, warps=4, stages=2, tokens=64),
+    "dense": Tuning(rows=64, warps=4, stages=2, tokens=64),
+    "grouped": Tuning(rows=64, warps=4, stages=2, tokens=64),
 }
+_STEP = 128  # elements of a row that a tensor-core kernel decodes at a time
 
 BYTES_UP_TO = 8  # assignments an expert, on average, up to which a batch's experts go by byte products
 
@@ -45,8 +47,12 @@ def _here() -> dict:
 
 def lookup(operation: str, format: str, out: int, K: int) -> Tuning:
     """The shape of work for an operation on weights [.., out, K] of `format`, on JAX's default device."""
-    fields = _found(operation, format, out, K)
-    return Tuning(**fields) if fields else _DEFAULT[operation]
+    if fields := _found(operation, format, out, K):
+        return Tuning(**fields)
+    t = _DEFAULT[operation]
+    if operation in ("dense", "grouped"):
+        return dataclasses.replace(t, units=_STEP // DECODERS[format].unit)
+    return t
 
 
 def _found(operation: str, format: str, out: int, K: int) -> dict | None:
@@ -69,10 +75,11 @@ def matvec(format: str, N: int, out: int, K: int) -> Tuning:
 
 
 def grouped(format: str, out: int, K: int, assignments: int, experts: int) -> Tuning:
-    """As `lookup`, with tiles of tokens about as long as an expert's mean run."""
+    """As `lookup`, with tiles of tokens no longer than an expert's mean run, rounded up; at least the 64 rows that one
+    instruction of Hopper's multiplies."""
     t = lookup("grouped", format, out, K)
     mean = max(1, assignments // experts)
-    return dataclasses.replace(t, tokens=max(16, min(t.tokens, 1 << (mean - 1).bit_length())))
+    return dataclasses.replace(t, tokens=min(t.tokens, max(64, 1 << (mean - 1).bit_length())))
 
 
 def by_bytes(format: str, assignments: int, experts: int) -> bool:

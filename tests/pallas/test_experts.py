@@ -124,7 +124,9 @@ def test_long_runs_go_to_tensor_cores():
     assert tuned.by_bytes("Q8_0", 8 * E, E) and not tuned.by_bytes("Q8_0", 8 * E + 1, E)
 
 
-def test_the_public_functions_reach_the_kernels(rng):
+def test_the_public_functions_reach_the_kernels(rng, monkeypatch):
+    monkeypatch.setitem(tuned._DEFAULT, "bytes", BATCH)
+    monkeypatch.setitem(tuned._DEFAULT, "swiglu", SMALL)
     gate, up, down = (weight(rng, "Q8_0", s) for s in ((E, F, D), (E, F, D), (E, 37, 256)))
     for tokens in (2, 9, 14):  # few, a batch by bytes, and on tensor cores
         ids, x, h = choices(rng, tokens), SCALE * activations(rng, (tokens, D)), activations(rng, (tokens, K, 256))
