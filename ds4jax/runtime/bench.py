@@ -10,8 +10,10 @@ import dataclasses
 import functools
 import math
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -44,6 +46,38 @@ def copy_bandwidth(nbytes: int = 1 << 30) -> float:
     x = jnp.zeros((nbytes // 4,), jnp.uint32) + jnp.arange(nbytes // 4, dtype=jnp.uint32)
     copy = jax.jit(lambda x: x ^ jnp.uint32(1))
     return 2 * nbytes / seconds(lambda: copy(x))
+
+
+def device_times(fn: Callable[[], Any]) -> dict[str, list[float]]:
+    """{kernel name: microseconds of each of its runs} of what fn() runs on the device, by JAX's profiler.
+
+    A kernel's own time, without launches and gaps between kernels. fn should have been compiled before.
+    Raises DS4Error where this JAX release cannot read profiles, or the device writes none.
+    """
+    if not hasattr(jax.profiler, "ProfileData"):
+        raise DS4Error(f"jax {jax.__version__} cannot read profiles; times of single kernels need 0.8 or later")
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            jax.block_until_ready(fn())
+        found = sorted(Path(folder).rglob("*.xplane.pb"))
+        times = kernel_times(jax.profiler.ProfileData.from_file(str(found[-1]))) if found else {}
+    if not times:
+        raise DS4Error(f"the profile of {jax.devices()[0].device_kind} has no kernels; a GPU's has")
+    return times
+
+
+def kernel_times(profile: Any) -> dict[str, list[float]]:
+    """{kernel name: microseconds of each run}: events on the streams of a profile's GPUs (`jax.profiler.ProfileData`,
+    an XSpace)."""
+    times: dict[str, list[float]] = {}
+    for plane in profile.planes:
+        if "GPU" not in plane.name:
+            continue
+        for line in plane.lines:
+            if line.name.startswith("Stream"):
+                for event in line.events:
+                    times.setdefault(event.name, []).append(event.duration_ns / 1e3)
+    return times
 
 
 # ---- kernels ---------------------------------------------------------------------------------------------------------

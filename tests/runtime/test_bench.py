@@ -1,5 +1,6 @@
 """Measurements: what they count, and that they run."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -31,8 +32,6 @@ def test_many_tokens_meet_most_experts():
 
 @pytest.mark.parametrize("name", [n for n, f in quant.FORMATS.items() if f.packed])
 def test_random_weights_are_finite_and_small(name):
-    import jax
-
     w = bench.random_weight(jax.random.key(0), name, (8, 512))
     values = np.asarray(quant.dequantize(w))
     assert w.shape == (8, 512) and np.isfinite(values).all()
@@ -43,6 +42,37 @@ def test_seconds_and_chain():
     x, weights = jnp.ones((2, 256), jnp.bfloat16), bench.distinct("Q8_0", (4, 256), total=1)
     assert len(weights) == 2
     assert 0 < bench.op_seconds(quant.matmul, x, weights, turns=2) < 10
+
+
+SPACE = """
+planes { name: "/device:GPU:0"
+  event_metadata { key: 1 value { id: 1 name: "matvec_q8_0_1" } }
+  event_metadata { key: 2 value { id: 2 name: "split_activations" } }
+  lines { id: 1 name: "Stream #14(Compute)" timestamp_ns: 5
+    events { metadata_id: 2 offset_ps: 0 duration_ps: 1100000 }
+    events { metadata_id: 1 offset_ps: 2000000 duration_ps: 11650000 }
+    events { metadata_id: 1 offset_ps: 90000000 duration_ps: 12000000 } }
+  lines { id: 2 name: "XLA Ops" events { metadata_id: 1 duration_ps: 7 } } }
+planes { name: "/host:CPU" event_metadata { key: 1 value { id: 1 name: "python" } }
+  lines { name: "Stream" events { metadata_id: 1 duration_ps: 9 } } }
+"""
+
+
+def test_kernel_times_of_a_profile():
+    profiles = getattr(jax.profiler, "ProfileData", None)
+    if profiles is None:
+        pytest.skip("this jax reads no profiles")
+    profile = profiles.from_serialized_xspace(profiles.text_proto_to_serialized_xspace(SPACE))
+    times = bench.kernel_times(profile)
+    assert times == {"matvec_q8_0_1": pytest.approx([11.65, 12.0]), "split_activations": pytest.approx([1.1])}
+
+
+def test_a_profile_without_kernels(monkeypatch):
+    with pytest.raises(DS4Error, match="has no kernels|cannot read profiles"):
+        bench.device_times(lambda: jnp.ones(3) + 1)
+    monkeypatch.delattr(jax.profiler, "ProfileData", raising=False)
+    with pytest.raises(DS4Error, match="cannot read profiles"):
+        bench.device_times(lambda: jnp.ones(3) + 1)
 
 
 def test_plot():
