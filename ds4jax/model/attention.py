@@ -14,10 +14,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ds4jax import quant
-from ds4jax.model.cache import LayerCache, Paged, everything, flat, pick, rows_of
-from ds4jax.model.compressor import Compressor, Step, write_entries
+from ds4jax.model.cache import LayerCache, Paged, everything, flat, pick, rows_of, rows_to_write, unflat
+from ds4jax.model.compressor import Compressor, Step, write_entries, write_raw
 from ds4jax.model.config import Config
-from ds4jax.model.layers import Linear, RMSNorm, rms, rope_frequencies, rotate, simulate_fp4, simulate_fp8, value
+from ds4jax.model.heads import finish
+from ds4jax.model.layers import Linear, RMSNorm, angles, rope_frequencies, rotate, turn, value
 from ds4jax.model.sites import Tap
 from ds4jax.pallas import attention as kernels
 from ds4jax.quant import api
@@ -67,9 +68,9 @@ def attend(q: Array, parts: list[tuple[Array, Array]], sink: Array) -> tuple[Arr
 
 def decode_attend(
     q: Array, window: Array, in_window: Array, selected: list, stored: Array | Paged | None, rows: Callable[[], Array],
-    sink: Array, implementation: str | None = None,
+    sink: Array, cos: Array, sin: Array, implementation: str | None = None,
 ) -> Array:  # fmt: skip
-    """Attention of one token a slot.
+    """Attention of one token a slot, its heads turned back.
 
     Args:
       q: [B, H, d].
@@ -77,6 +78,7 @@ def decode_attend(
       selected: the entries as `attend` takes them.
       stored: the same where they are stored, and `rows()` [B, K], their rows in it, -1 for none: read in place.
       sink: [H].
+      cos, sin: [B, r/2], of the token's position.
 
     Returns:
       [B, H, d] in q's dtype.
@@ -84,29 +86,33 @@ def decode_attend(
 
     def plain():
         parts = [(window.astype(q.dtype), in_window[:, None]), *selected]
-        return attend(q[:, None], parts, sink)[0][:, 0]
+        return _turned_back(attend(q[:, None], parts, sink)[0][:, 0], cos, sin)
 
     def pallas():
         kernels.require(q)
         number = rows()
         store = None if stored is None else flat(stored)
-        return _attend_kernel(q, window, in_window, store, number, sink)
+        return _attend_kernel(q, window, in_window, store, number, sink, cos, sin)
 
     table = {"pallas": pallas, "xla": plain}
     return api.run("attention.decode", table, implementation)
 
 
-def _attend_rows(q, window, in_window, stored, rows, sink):
+def _turned_back(o: Array, cos: Array, sin: Array) -> Array:  # [B, H, d]
+    return turn(o, cos[:, None], sin[:, None], inverse=True)
+
+
+def _attend_rows(q, window, in_window, stored, rows, sink, cos, sin):
     """What the kernel computes, in plain JAX."""
     parts = [(window.astype(q.dtype), in_window[:, None])]
     if rows is not None:
         parts.append((stored[jnp.maximum(rows, 0)][:, None].astype(q.dtype), (rows >= 0)[:, None]))
-    return attend(q[:, None], parts, sink)[0][:, 0]
+    return _turned_back(attend(q[:, None], parts, sink)[0][:, 0], cos, sin)
 
 
 @jax.custom_vjp
-def _attend_kernel(q, window, in_window, stored, rows, sink):
-    return kernels.decode(q, window, in_window, stored, rows, sink)
+def _attend_kernel(q, window, in_window, stored, rows, sink, cos, sin):
+    return kernels.decode(q, window, in_window, stored, rows, sink, cos, sin)
 
 
 _attend_kernel.defvjp(lambda *args: (_attend_kernel(*args), args), lambda args, g: jax.vjp(_attend_rows, *args)[1](g))
@@ -123,26 +129,26 @@ class Indexer(nnx.Module):
         self.freqs = tuple(rope_frequencies(config, 4).tolist())
         self.cache_quant = cache_quant
 
-    def _stored(self, x: Array) -> Array:
-        return simulate_fp4(x) if self.cache_quant else x
+    @property
+    def _rounding(self) -> str | None:
+        return "fp4" if self.cache_quant else None
 
-    def queries(self, x: Array, qr: Array, step: Step) -> tuple[Array, Array]:
-        """x [B, T, D], qr [B, T, R] → queries [B, T, Hi, di] and head weights [B, T, Hi] (float32)."""
-        B, T = x.shape[:2]
-        # a choice has no gradient; the indexer only learns from `divergence`, which must not reach the model
-        x, qr = jax.lax.stop_gradient((x, qr))
-        q = self.wq_b(qr).reshape(B, T, self.Hi, self.di)
-        q = self._stored(rotate(q, step.positions, jnp.asarray(self.freqs)))
-        w = self.weights_proj(x, out_dtype=jnp.float32) * (self.di * self.Hi) ** -0.5
-        return q.astype(x.dtype), w
+    def queries(self, raw: Array, weights: Array, step: Step) -> tuple[Array, Array]:
+        """The products with wq_b [B, T, Hi · di] and weights_proj [B, T, Hi] → queries [B, T, Hi, di] and the heads'
+        weights [B, T, Hi], float32."""
+        B, T = raw.shape[:2]
+        q, _ = finish(
+            raw.reshape(B * T, self.Hi, self.di), step.positions.reshape(-1), jnp.asarray(self.freqs),
+            rounding=self._rounding,
+        )  # fmt: skip
+        return q.reshape(B, T, self.Hi, self.di), weights * (self.di * self.Hi) ** -0.5
 
-    def update(self, x: Array, step: Step, cache: LayerCache) -> LayerCache:
-        """Compress x [B, T, D] into the indexer's keys."""
-        keys, index, done, state = self.compressor(jax.lax.stop_gradient(x), step, cache.index_compressor)
-        keys = self._stored(rotate(keys, index * 4, jnp.asarray(self.freqs)))
-        return dataclasses.replace(
-            cache, index_keys=write_entries(cache.index_keys, keys, index, done), index_compressor=state
-        )
+    def update(self, kv: Array, gate: Array, step: Step, cache: LayerCache) -> LayerCache:
+        """Compress the products with the compressor's weights into the indexer's keys."""
+        raw, index, done, state = self.compressor(kv, gate, step, cache.index_compressor)
+        freqs = jnp.asarray(self.freqs)
+        _, keys = write_raw(self.compressor, cache.index_keys, raw, index, done, freqs, self._rounding)
+        return dataclasses.replace(cache, index_keys=keys, index_compressor=state)
 
     def scores(self, q: Array, w: Array, keys: Array) -> Array:
         """Σ_h w[h] · relu(q[h] · k): q [B, Q, Hi, di], w [B, Q, Hi], keys [B, N, di] → float32 [B, Q, N]."""
@@ -209,33 +215,89 @@ class Attention(nnx.Module):
         c = self.config
         B, T = x.shape[:2]
         H, d, G = c.num_attention_heads, c.head_dim, c.o_groups
-        freqs = jnp.asarray(self.freqs)
-        qr = self.q_norm(self.wq_a(x))
-        q = rms(self.wq_b(qr).reshape(B, T, H, d), c.rms_norm_eps).astype(x.dtype)
-        q = tap("q", rotate(q, step.positions, freqs))
-        kv = rotate(self.kv_norm(self.wkv(x)), step.positions, freqs)
-        kv = tap("kv", self._stored(kv))
+        freqs, positions = jnp.asarray(self.freqs), step.positions.reshape(-1)
+        flat_rows = lambda a, heads: a.reshape(B * T, heads, -1)  # noqa: E731
+        # the indexer learns from `divergence` alone, which must not reach the model; a choice has no gradient
+        together = T == 1 and not tap.wants("indexer.kl")
+        products = self._products(x, together)
+        weight = value(self.q_norm.weight)
+        qr = finish(flat_rows(products["wq_a"], 1), weight=weight, eps=self.q_norm.eps)[0].reshape(B, T, -1)
+        raw, index_raw = self._query_products(qr, together)
+        q, _ = finish(flat_rows(raw, H), positions, freqs, eps=c.rms_norm_eps)
+        q = tap("q", q.reshape(B, T, H, d))
+        kv, cache = self._keys(products["wkv"], step, cache, freqs, tap)
         index_query = None
         if self.ratio:
-            cache = self._compress(x, step, cache, tap)
+            cache = self._compress(products["kv"], products["gate"], step, cache, tap)
         if self.ratio == 4:
-            cache = self.indexer.update(x, step, cache)
-            index_query = self.indexer.queries(x, qr, step)
+            cache = self.indexer.update(products["index_kv"], products["index_gate"], step, cache)
+            index_query = self.indexer.queries(index_raw, products["index_weights"], step)
         attend_all = self._decode if T == 1 else self._prefill
         o, window = attend_all(q, kv, index_query, step, cache, tap)
-        o = tap("heads", rotate(o, step.positions, freqs, inverse=True))
+        o = tap("heads", o)
         grouped = value(self.wo_a.weight).reshape(G, c.o_lora_rank, H // G * d)
         low = quant.matmul(o.reshape(B, T, G, H // G * d), grouped)
         return self.wo_b(low.reshape(B, T, -1)), dataclasses.replace(cache, window=window)
 
-    def _stored(self, kv: Array) -> Array:
-        return simulate_fp8(kv, self.config.qk_rope_head_dim) if self.cache_quant else kv
+    @property
+    def _rounding(self) -> str | None:
+        return "fp8" if self.cache_quant else None
 
-    def _compress(self, x: Array, step: Step, cache: LayerCache, tap: Tap) -> LayerCache:
-        entries, index, done, state = self.compressor(x, step, cache.compressor)
-        entries = rotate(entries, index * self.ratio, jnp.asarray(self.freqs))
-        entries = tap("entries", self._stored(entries.astype(cache.entries.dtype)))
-        return dataclasses.replace(cache, entries=write_entries(cache.entries, entries, index, done), compressor=state)
+    def _products(self, x: Array, together: bool) -> dict[str, Array]:
+        """Everything a layer multiplies x [B, T, D] with: in one launch, or the indexer's apart."""
+        groups = [{"wq_a": (self.wq_a, x.dtype, False), "wkv": (self.wkv, x.dtype, False)}]
+        exact = lambda linear: (linear, jnp.float32, True)  # noqa: E731
+        if self.ratio:
+            groups[0] |= {"kv": exact(self.compressor.wkv), "gate": exact(self.compressor.wgate)}
+        if self.ratio == 4:
+            compressor = self.indexer.compressor
+            own = {"index_kv": exact(compressor.wkv), "index_gate": exact(compressor.wgate)}
+            own["index_weights"] = (self.indexer.weights_proj, jnp.float32, False)
+            groups = [groups[0] | own] if together else [groups[0], own]
+        out = {}
+        for group, of in zip(groups, (x, jax.lax.stop_gradient(x)), strict=False):
+            linears, dtypes, precise = zip(*group.values(), strict=True)
+            ys = quant.matmul_many(of, [value(w.weight) for w in linears], out_dtypes=dtypes, precise=precise)
+            out |= dict(zip(group, ys, strict=True))
+        return out
+
+    def _query_products(self, qr: Array, together: bool) -> tuple[Array, Array | None]:
+        """qr [B, T, R] times wq_b, and times the indexer's."""
+        if self.ratio != 4:
+            return self.wq_b(qr), None
+        if not together:
+            return self.wq_b(qr), self.indexer.wq_b(jax.lax.stop_gradient(qr))
+        return tuple(quant.matmul_many(qr, [value(self.wq_b.weight), value(self.indexer.wq_b.weight)]))
+
+    def _keys(self, raw: Array, step: Step, cache: LayerCache, freqs: Array, tap: Tap) -> tuple[Array, LayerCache]:
+        """The product with wkv [B, T, d] → the tokens' own keys [B, T, d], and the cache; a single token's key is in its
+        window already."""
+        B, T = raw.shape[:2]
+        W, store, rows = self.config.sliding_window, None, None
+        if T == 1:  # a ring; idle slots write nothing
+            store = cache.window
+            rows = rows_to_write(store, jax.lax.rem(step.start, W)[:, None], (step.n_valid > 0)[:, None])[:, 0]
+        own, window = finish(
+            raw.reshape(B * T, 1, -1), step.positions.reshape(-1), freqs, weight=value(self.kv_norm.weight),
+            eps=self.kv_norm.eps, rounding=self._rounding, store=None if store is None else flat(store), rows=rows,
+        )  # fmt: skip
+        own = own.reshape(B, T, -1)
+        kv = tap("kv", own)
+        if T > 1:
+            return kv, cache
+        if kv is not own:  # an edit: what was written does not count
+            window = window.at[jnp.where(rows < 0, len(window), rows)].set(kv[:, 0].astype(window.dtype), mode="drop")
+        return kv, dataclasses.replace(cache, window=unflat(store, window))
+
+    def _compress(self, kv: Array, gate: Array, step: Step, cache: LayerCache, tap: Tap) -> LayerCache:
+        raw, index, done, state = self.compressor(kv, gate, step, cache.compressor)
+        own, stored = write_raw(
+            self.compressor, cache.entries, raw, index, done, jnp.asarray(self.freqs), self._rounding
+        )  # fmt: skip
+        entries = tap("entries", own)
+        if entries is not own:  # an edit: what was written does not count
+            stored = write_entries(stored, entries, index, done)
+        return dataclasses.replace(cache, entries=stored, compressor=state)
 
     def _selected(self, positions: Array, index_query, cache: LayerCache) -> tuple[list, dict[str, Array]]:
         """The compressed keys that queries at `positions` [B, Q] see, as `attend` takes them, and how they were chosen.
@@ -280,21 +342,20 @@ class Attention(nnx.Module):
         return max(near + far, 4 * N + c.index_n_heads * tile)  # scores, masked scores, and what top-k sorts
 
     def _decode(self, q, kv, index_query, step, cache, tap):
-        """One token a slot: write it into the ring, then read the ring as it lies."""
-        W = self.config.sliding_window
-        slot = jnp.arange(kv.shape[0], dtype=jnp.int32)
-        here = jnp.where(step.n_valid > 0, jax.lax.rem(step.start, W), W)  # idle slots write nothing
-        window = cache.window.at[slot, here].set(kv[:, 0].astype(cache.window.dtype), mode="drop")
+        """One token a slot: read the ring, in which it is already, as it lies."""
+        W, window = self.config.sliding_window, cache.window
         age = jax.lax.rem(step.start[:, None] + W - jnp.arange(W, dtype=jnp.int32), W)  # of each ring slot, in tokens
         in_window = (age <= step.start[:, None])[:, None]
         selected, seen = self._selected(step.positions, index_query, cache)
         sink = value(self.sink)
         if not any(tap.wants(name) for name in ("pattern", "pattern_entries", "indexer.kl")):
             rows = lambda: self._rows(step, cache, seen)  # noqa: E731
-            stored = cache.entries if self.ratio else None
-            o, pattern = decode_attend(q[:, 0], window, in_window[:, 0], selected, stored, rows, sink)[:, None], None
+            stored, pattern = cache.entries if self.ratio else None, None
+            cos_sin = angles(step.start, jnp.asarray(self.freqs))
+            o = decode_attend(q[:, 0], window, in_window[:, 0], selected, stored, rows, sink, *cos_sin)[:, None]
         else:
             o, pattern = attend(q, [(window.astype(q.dtype), in_window), *selected], sink)
+            o = rotate(o, step.positions, jnp.asarray(self.freqs), inverse=True)
         back = lambda: age[:, None]  # noqa: E731  ring slot i has age start - i, so age j lies in slot start - j
         for name, array in self._sites(tap, selected, seen, pattern, back).items():
             tap(name, array)
@@ -355,6 +416,7 @@ class Attention(nnx.Module):
             results = jax.lax.map(block, jnp.arange(blocks, dtype=jnp.int32), batch_size=group)
         join = lambda a: jnp.moveaxis(a, 0, 1).reshape(B, blocks * size, *a.shape[3:])[:, :T]  # noqa: E731
         o, sites = jax.tree.map(join, results)
+        o = rotate(o, step.positions, jnp.asarray(self.freqs), inverse=True)
         for name, array in sites.items():
             tap(name, array)
         # ring slot i takes the newest position ≡ i (mod W); older ones were overwritten

@@ -103,6 +103,13 @@ def flat(stored: Array | Paged) -> Array:
     return stored.flat() if isinstance(stored, Paged) else stored.reshape(-1, stored.shape[-1])
 
 
+def unflat(stored: Array | Paged, rows: Array) -> Array | Paged:
+    """`stored` with what lies in it replaced: the inverse of `flat`."""
+    if isinstance(stored, Paged):
+        return dataclasses.replace(stored, pool=rows.reshape(stored.pool.shape))
+    return rows.reshape(stored.shape)
+
+
 def rows_of(stored: Array | Paged, index: Array) -> Array:
     """Which rows of `flat(stored)` entries `index` [B, n] of each slot are; index may be [n], for all slots alike."""
     B, N = stored.shape[:2]
@@ -110,6 +117,15 @@ def rows_of(stored: Array | Paged, index: Array) -> Array:
     if isinstance(stored, Paged):
         return jnp.minimum(stored.rows(index), stored.pool.shape[0] * stored.pool.shape[1] - 1)
     return index + N * jnp.arange(B, dtype=jnp.int32)[:, None]
+
+
+def rows_to_write(stored: Array | Paged, index: Array, keep: Array) -> Array:
+    """As `rows_of`, -1 where `keep` [B, n] is False and where a slot has no room for an entry."""
+    B, N = stored.shape[:2]
+    if isinstance(stored, Paged):
+        rows, room = stored.rows(index), stored.pool.shape[0] * stored.pool.shape[1]
+        return jnp.where(keep & (rows < room), rows, -1)
+    return jnp.where(keep & (index < N), index + N * jnp.arange(B, dtype=jnp.int32)[:, None], -1)
 
 
 @_pytree

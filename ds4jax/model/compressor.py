@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ds4jax.model.cache import CompressorState, Paged, SoftmaxSum, empty_sum
+from ds4jax.model.cache import CompressorState, Paged, SoftmaxSum, empty_sum, flat, rows_to_write, unflat
 from ds4jax.model.config import Config
+from ds4jax.model.heads import finish
 from ds4jax.model.layers import Linear, RMSNorm, normal, value
 
 Array = jax.Array
@@ -74,18 +75,18 @@ class Compressor(nnx.Module):
         self.norm = RMSNorm(dim, config.rms_norm_eps)
         self.ratio, self.dim = ratio, dim
 
-    def __call__(self, x: Array, step: Step, state: CompressorState) -> tuple[Array, Array, Array, CompressorState]:
-        """Feed x [B, T, D].
+    def __call__(
+        self, kv: Array, gate: Array, step: Step, state: CompressorState
+    ) -> tuple[Array, Array, Array, CompressorState]:
+        """Feed x [B, T, D], of which `kv` and `gate` [B, T, c·dim], float32, are the products with wkv and wgate.
 
         Returns:
-          entries: [B, n, dim] float32, normed, before rope; slots finish at most n = (T + m - 1) // m blocks a call.
+          entries: [B, n, dim] float32, before norm and rope; slots finish at most n = (T + m - 1) // m blocks a call.
           index: [B, n] int32, each entry's number in its sequence.
           done: [B, n] bool, which of them are finished.
           state: what the next call needs.
         """
-        m, T = self.ratio, x.shape[1]
-        x = x.astype(jnp.float32)
-        kv, gate = self.wkv(x), self.wgate(x)
+        m, T = self.ratio, kv.shape[1]
         ape = value(self.ape).astype(jnp.float32)
         block, offset = jax.lax.div(step.start, m), jax.lax.rem(step.start, m)
         finished = jax.lax.div(offset + step.n_valid, m)  # [B] blocks this call finishes
@@ -116,7 +117,7 @@ class Compressor(nnx.Module):
             overlap = before = None
             whole = current = _merge_first(_sum(gate, kv, mask), state.current)
         closed = jax.tree.map(lambda a: a[:, :n], whole)
-        entries = self.norm(closed.acc / jnp.maximum(closed.total, 1e-30))
+        entries = closed.acc / jnp.maximum(closed.total, 1e-30)
         new_state = self._next_state(T, finished, state, current, overlap, before)
         number = jnp.arange(n, dtype=jnp.int32)[None]
         return entries, block[:, None] + number, number < finished[:, None], new_state
@@ -139,13 +140,24 @@ class Compressor(nnx.Module):
         )
 
 
+def write_raw(
+    compressor: Compressor, cache: Array | Paged, raw: Array, index: Array, done: Array, freqs: Array,
+    rounding: str | None,
+) -> tuple[Array, Array | Paged]:  # fmt: skip
+    """Norm, turn, round and store what the compressor made, raw [B, n, d] with index and done [B, n]: the entries
+    [B, n, d] as they are stored, finished or not, and the cache."""
+    B, n, _ = raw.shape
+    single = dict(store=flat(cache), rows=rows_to_write(cache, index, done)[:, 0]) if n == 1 else {}
+    entries, stored = finish(
+        raw.reshape(B * n, 1, -1), index.reshape(-1) * compressor.ratio, freqs, weight=value(compressor.norm.weight),
+        eps=compressor.norm.eps, rounding=rounding, dtype=cache.dtype, **single,
+    )  # fmt: skip
+    entries = entries.reshape(raw.shape)
+    return entries, unflat(cache, stored) if single else write_entries(cache, entries, index, done)
+
+
 def write_entries(cache: Array | Paged, entries: Array, index: Array, done: Array) -> Array | Paged:
     """Store finished entries [B, n, d] at `index` [B, n] of `cache` [B, N, d]; the others are dropped."""
-    if isinstance(cache, Paged):
-        flat = cache.flat()
-        rows = jnp.where(done, cache.rows(index), flat.shape[0])
-        flat = flat.at[rows].set(entries.astype(cache.dtype), mode="drop")
-        return dataclasses.replace(cache, pool=flat.reshape(cache.pool.shape))
-    index = jnp.where(done, index, cache.shape[1])
-    slot = jnp.arange(cache.shape[0], dtype=jnp.int32)[:, None]
-    return cache.at[slot, index].set(entries.astype(cache.dtype), mode="drop")
+    rows, lying = rows_to_write(cache, index, done), flat(cache)
+    rows = jnp.where(rows < 0, len(lying), rows)
+    return unflat(cache, lying.at[rows].set(entries.astype(cache.dtype), mode="drop"))

@@ -81,15 +81,15 @@ def rope_frequencies(config: Config, ratio: int) -> np.ndarray:
     return freqs.astype(np.float32)
 
 
-def rotate(x: Array, positions: Array, freqs: np.ndarray, *, inverse: bool = False) -> Array:
-    """Interleaved rotary embedding of the last r = 2·len(freqs) channels.
+def angles(positions: Array, freqs: Array) -> tuple[Array, Array]:
+    """Cosine and sine of position · freqs: positions [...] int32, freqs [r/2] → float32 [..., r/2] each."""
+    angle = positions.astype(jnp.float32)[..., None] * freqs
+    return jnp.cos(angle), jnp.sin(angle)
 
-    x: [B, T, ..., d]; positions: [B, T] int32. Pairs (2i, 2i+1) turn by position · freqs[i]; `inverse` turns back.
-    """
-    r = 2 * len(freqs)
-    angle = positions.astype(jnp.float32)[..., None] * freqs  # [B, T, r/2]
-    angle = angle.reshape(angle.shape[:2] + (1,) * (x.ndim - 3) + angle.shape[2:])
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
+
+def turn(x: Array, cos: Array, sin: Array, *, inverse: bool = False) -> Array:
+    """Turn the channel pairs (2i, 2i+1) of the last r channels of x [..., d]; cos, sin [..., r/2] broadcast to x."""
+    r = 2 * cos.shape[-1]
     if inverse:
         sin = -sin
     pairs = x[..., -r:].astype(jnp.float32).reshape(*x.shape[:-1], r // 2, 2)
@@ -97,6 +97,16 @@ def rotate(x: Array, positions: Array, freqs: np.ndarray, *, inverse: bool = Fal
     turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
     turned = turned.reshape(*x.shape[:-1], r).astype(x.dtype)
     return jnp.concatenate([x[..., :-r], turned], axis=-1)
+
+
+def rotate(x: Array, positions: Array, freqs: Array, *, inverse: bool = False) -> Array:
+    """Interleaved rotary embedding of the last r = 2·len(freqs) channels.
+
+    x: [B, T, ..., d]; positions: [B, T] int32. Pairs (2i, 2i+1) turn by position · freqs[i]; `inverse` turns back.
+    """
+    wide = lambda a: a.reshape(a.shape[:2] + (1,) * (x.ndim - 3) + a.shape[2:])  # noqa: E731
+    cos, sin = angles(positions, freqs)
+    return turn(x, wide(cos), wide(sin), inverse=inverse)
 
 
 def _straight_through(x: Array, rounded: Array) -> Array:

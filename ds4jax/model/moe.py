@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -10,8 +12,53 @@ from ds4jax import quant
 from ds4jax.model.config import Config
 from ds4jax.model.layers import Linear, normal, value
 from ds4jax.model.sites import Tap
+from ds4jax.pallas import router as kernels
+from ds4jax.quant import api
 
 Array = jax.Array
+
+
+def choose(
+    logits: Array, bias: Array, k: int, normalize: bool, factor: float, implementation: str | None = None
+) -> tuple[Array, Array, Array]:
+    """Each token's scores √softplus(logits) [N, E], the k experts whose score plus `bias` [E] is highest, int32 [N, k],
+    and their weights [N, k]: their scores, divided by the sum if `normalize`, times `factor`. float32."""
+    return api.run("router", IMPLEMENTATIONS, implementation, logits, bias, k, normalize, factor)
+
+
+def _probs(logits: Array) -> Array:
+    return jnp.sqrt(jax.nn.softplus(logits))
+
+
+def _best(probs: Array, bias: Array, k: int) -> Array:
+    return jax.lax.top_k(jax.lax.stop_gradient(probs + bias), k)[1].astype(jnp.int32)
+
+
+def _weights(probs: Array, experts: Array, normalize: bool, factor: float) -> Array:
+    weights = jnp.take_along_axis(probs, experts, axis=-1)
+    if normalize:
+        weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+    return weights * factor
+
+
+def _choose(logits, bias, k, normalize, factor):
+    probs = _probs(logits)
+    experts = _best(probs, bias, k)
+    return probs, experts, _weights(probs, experts, normalize, factor)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _kernel(logits, bias, k, normalize, factor):
+    return kernels.choose(logits, bias, k, normalize, factor)
+
+
+def _kernel_bwd(k, normalize, factor, args, g):
+    return jax.vjp(lambda *a: _choose(*a, k, normalize, factor), *args)[1](g)
+
+
+_kernel.defvjp(lambda *args: (_kernel(*args), args[:2]), _kernel_bwd)
+
+IMPLEMENTATIONS = {"pallas": _kernel, "xla": _choose}
 
 
 class Router(nnx.Module):
@@ -34,18 +81,21 @@ class Router(nnx.Module):
     def __call__(self, x: Array, tokens: Array, tap: Tap) -> tuple[Array, Array]:
         """x [N, D], tokens [N] → experts [N, k] int32 and their weights [N, k] float32."""
         c = self.config
+        rules = (c.norm_topk_prob, c.routed_scaling_factor)
         logits = quant.matmul(x.astype(jnp.float32), value(self.weight))
-        probs = tap("probs", jnp.sqrt(jax.nn.softplus(logits)))
         if self.hashed:
-            experts = value(self.tid2eid)[tokens]
+            probs = tap("probs", _probs(logits))
+            best, weights = value(self.tid2eid)[tokens], None
         else:
             bias = jax.lax.stop_gradient(value(self.bias).astype(jnp.float32))
-            experts = jax.lax.top_k(jax.lax.stop_gradient(probs) + bias, c.num_experts_per_tok)[1]
-        experts = tap("experts", experts.astype(jnp.int32))
-        weights = jnp.take_along_axis(probs, experts, axis=-1)
-        if c.norm_topk_prob:
-            weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-        return experts, tap("weights", weights * c.routed_scaling_factor)
+            plain, best, weights = choose(logits, bias, c.num_experts_per_tok, *rules)
+            probs = tap("probs", plain)
+            if probs is not plain:  # an edit of the scores: what was chosen by the others does not count
+                best, weights = _best(probs, bias, c.num_experts_per_tok), None
+        experts = tap("experts", best.astype(jnp.int32))
+        if weights is None or experts is not best:
+            weights = _weights(probs, experts, *rules)
+        return experts, tap("weights", weights)
 
 
 class Experts(nnx.Module):
@@ -69,9 +119,7 @@ class SharedExpert(nnx.Module):
         self.limit = config.swiglu_limit
 
     def __call__(self, x: Array) -> Array:  # [N, D] → [N, D]
-        gate = jnp.minimum(self.w1(x, out_dtype=jnp.float32), self.limit)
-        up = jnp.clip(self.w3(x, out_dtype=jnp.float32), -self.limit, self.limit)
-        return self.w2((jax.nn.silu(gate) * up).astype(x.dtype))
+        return self.w2(quant.swiglu(x, value(self.w1.weight), value(self.w3.weight), self.limit))
 
 
 class MoE(nnx.Module):
@@ -85,7 +133,9 @@ class MoE(nnx.Module):
         B, T, D = x.shape
 
         def per_token(name: str, a: Array) -> Array:  # sites are shaped [B, T, …]
-            return tap(name, a.reshape(B, T, -1)).reshape(B * T, -1)
+            shaped = a.reshape(B, T, -1)
+            seen = tap(name, shaped)
+            return a if seen is shaped else seen.reshape(B * T, -1)
 
         flat = x.reshape(B * T, D)
         experts, weights = self.gate(flat, tokens.reshape(-1), lambda name, a: per_token(f"router.{name}", a))

@@ -76,7 +76,7 @@ def _split(x: Array, digits: int, blocks: int) -> tuple[list[Array], Array, Arra
     x = jnp.where(finite, x, 0)
     peak = jnp.max(jnp.abs(x), axis=1)
     scale = jnp.where(peak == 0, 1.0, peak / top)
-    whole = jnp.clip(_round(x / scale[:, None]), -top, top).astype(jnp.int32)
+    whole = jnp.clip(lo.round_even(x / scale[:, None]), -top, top).astype(jnp.int32)
     scale = jnp.where(jnp.max(jnp.where(finite, 0.0, 1.0), axis=1) > 0, jnp.nan, scale)
     sums = jnp.sum(whole.reshape(blocks, 2, 16), axis=2).astype(jnp.float32) * scale[:, None]
     out = []
@@ -85,12 +85,6 @@ def _split(x: Array, digits: int, blocks: int) -> tuple[list[Array], Array, Arra
         out.append(low)
         whole = (whole - low) >> 8
     return [_pack(d, blocks) for d in reversed(out)], scale, sums
-
-
-def _round(x: Array) -> Array:
-    """Nearest whole number, ties to even, of |x| < 2²³: where float32 numbers are a whole step apart."""
-    shift = jnp.where(x < 0, -(2.0**23), 2.0**23)
-    return (x + shift) - shift
 
 
 def _pack(digit: Array, blocks: int) -> Array:

@@ -32,9 +32,13 @@ def require(q: Array) -> None:
         raise NotImplementedError(f"heads of {d} channels are no power of two of at least 16")
 
 
-def decode(q: Array, window: Array, in_window: Array, stored: Array | None, rows: Array | None, sink: Array) -> Array:
+def decode(
+    q: Array, window: Array, in_window: Array, stored: Array | None, rows: Array | None, sink: Array, cos: Array,
+    sin: Array,
+) -> Array:  # fmt: skip
     """q [B, H, d], window [B, W, d] and which of it count [B, W], entries [M, d] and the rows of them that each slot
-    reads [B, K] (-1: none) or neither, sink [H] → [B, H, d]. NotImplementedError where no kernel serves the call."""
+    reads [B, K] (-1: none) or neither, sink [H] → [B, H, d], its last channels turned back by cos, sin [B, r/2].
+    NotImplementedError where no kernel serves the call."""
     require(q)
     B, H, d = q.shape
     W = window.shape[1]
@@ -106,7 +110,9 @@ def decode(q: Array, window: Array, in_window: Array, stored: Array | None, rows
     )  # fmt: skip
     width = 1 << (splits - 1).bit_length()
 
-    def join(peak_ref, sum_ref, part_ref, sink_ref, out_ref):
+    kept = d // 2 - cos.shape[-1]  # pairs of channels that do not turn
+
+    def join(peak_ref, sum_ref, part_ref, sink_ref, cos_ref, sin_ref, out_ref):
         b, h = pl.program_id(0), pl.program_id(1)
         n = jnp.arange(width, dtype=jnp.int32)
         split, exists = jnp.minimum(n, splits - 1), n < splits
@@ -115,16 +121,24 @@ def decode(q: Array, window: Array, in_window: Array, stored: Array | None, rows
         top = jnp.maximum(jnp.max(peaks), sink)
         sums = jnp.where(exists, lo.load(sum_ref, (b, split, h)), 0)
         whole = jnp.sum(jnp.exp(peaks - top) * sums) + jnp.exp(sink - top)
-        c = jnp.arange(d, dtype=jnp.int32)
+        pair = jnp.arange(d // 2, dtype=jnp.int32)
 
-        def add(i, acc):
-            return acc + jnp.exp(peak_ref[b, i, h] - top) * lo.load(part_ref, (b, i, h, c))
+        def add(i, ends):
+            weight = jnp.exp(peak_ref[b, i, h] - top)
+            return tuple(e + weight * lo.load(part_ref, (b, i, h, 2 * pair + j)) for j, e in enumerate(ends))
 
-        acc = lax.fori_loop(0, splits, add, jnp.zeros((d,), jnp.float32))
-        lo.store(out_ref, (b, h, c), acc / whole)
+        zero = jnp.zeros((d // 2,), jnp.float32)
+        even, odd = (
+            (e / whole).astype(out_ref.dtype).astype(jnp.float32) for e in lax.fori_loop(0, splits, add, (zero, zero))
+        )
+        at = jnp.maximum(pair - kept, 0)
+        c, s = lo.load(cos_ref, (b, at)), lo.load(sin_ref, (b, at))
+        turned = (even * c + odd * s, odd * c - even * s)
+        for j, (t, e) in enumerate(zip(turned, (even, odd), strict=True)):
+            lo.store(out_ref, (b, h, 2 * pair + j), jnp.where(pair >= kept, t, e))
 
     return lo.call(
-        join, jax.ShapeDtypeStruct((B, H, d), q.dtype), *parts, sink, grid=(B, H),
+        join, jax.ShapeDtypeStruct((B, H, d), q.dtype), *parts, sink, cos, sin, grid=(B, H),
         tuning=lo.Tuning(warps=4, stages=1), name="decode_attention_join",
     )  # fmt: skip
 

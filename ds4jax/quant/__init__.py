@@ -3,9 +3,9 @@
 from ds4jax.quant.array import QuantizedArray, fp4, fp8, from_blocks, to_blocks, to_fp4, to_fp8
 from ds4jax.quant.decode import dequantize
 from ds4jax.quant.encode import quantize
-from ds4jax.quant.experts import expert_down, expert_swiglu
+from ds4jax.quant.experts import expert_down, expert_swiglu, swiglu
 from ds4jax.quant.formats import FORMATS, Format, from_ggml_id, get_format
-from ds4jax.quant.matmul import matmul
+from ds4jax.quant.matmul import matmul, matmul_many
 
 __all__ = [
     "FORMATS",
@@ -20,7 +20,9 @@ __all__ = [
     "from_ggml_id",
     "get_format",
     "matmul",
+    "matmul_many",
     "quantize",
+    "swiglu",
     "to_blocks",
     "to_fp4",
     "to_fp8",

@@ -29,7 +29,7 @@ from ds4jax.pallas import lowering, matrix, tuned
 from ds4jax.quant import api
 from ds4jax.quant.array import QuantizedArray
 from ds4jax.quant.decode import dequantize
-from ds4jax.quant.matmul import as_jax, codebook, contract, packed_forward, precision
+from ds4jax.quant.matmul import as_jax, codebook, contract, matmul, packed_forward, precision
 
 EACH_MAX = 64  # assignments up to which a loop over them beats sorting
 DENSE_RATIO = 8  # experts per chosen expert up to which computing all of them is worth it
@@ -450,3 +450,31 @@ def expert_down(h: Any, down: Any, ids: Any, *, implementation: str | None = Non
            down=(down.shape, (*down.shape[:2], h.shape[-1])))  # fmt: skip
     ids = jnp.clip(ids.astype(jnp.int32), 0, down.shape[0] - 1)
     return api.run("expert_down", DOWN_IMPLEMENTATIONS, implementation, h, down, ids)
+
+
+# ---- an expert that every token has ----------------------------------------------------------------------------------
+
+
+def _xla_shared(x, gate, up, limit):
+    gate, up = (matmul(x, w, out_dtype=jnp.float32) for w in (gate, up))
+    return _activation(gate, up, jnp.ones((len(x),), jnp.float32), limit).astype(x.dtype)
+
+
+def _pallas_shared(x, gate, up, limit):
+    if x.shape[0] != 1:
+        raise NotImplementedError(f"{x.shape[0]} tokens: two products read the weights once, this kernel once a token")
+    _require_packed(gate, up)
+    one = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.float32)
+    stacks = (w._map(lambda p: p[None]) for w in (gate, up))
+    return _kernel_swiglu(x, *stacks, *one, limit)[:, 0]
+
+
+SHARED_IMPLEMENTATIONS = {"pallas": _pallas_shared, "xla": _xla_shared}
+
+
+def swiglu(x: Any, gate: Any, up: Any, limit: float, *, implementation: str | None = None) -> jax.Array:
+    """`silu(min(gate x, limit)) · clip(up x, ±limit)`: x [T, D], gate and up [F, D], plain or packed → [T, F].
+
+    Products accumulate in float32 and the activation is float32; the result has x's dtype.
+    """
+    return api.run("swiglu", SHARED_IMPLEMENTATIONS, implementation, x, as_jax(gate), as_jax(up), float(limit))

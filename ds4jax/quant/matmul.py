@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,7 +14,7 @@ import numpy as np
 from jax import lax
 
 from ds4jax.errors import DS4Error
-from ds4jax.pallas import lowering, matrix, matvec
+from ds4jax.pallas import direct, lowering, matrix, matvec
 from ds4jax.quant import api
 from ds4jax.quant.array import QuantizedArray
 from ds4jax.quant.decode import dequantize, grid, iq4_values
@@ -148,6 +150,36 @@ def codebook(format: str) -> np.ndarray | None:
     return grid(format) if format.startswith("IQ") else None
 
 
+def _described(w: Any) -> tuple[dict[str, jax.Array], str | None]:
+    return (w.parts, w.format) if isinstance(w, QuantizedArray) else ({"values": w}, None)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _direct(x: jax.Array, weights: tuple[Any, ...], out_dtypes: tuple[Any, ...]) -> list[jax.Array]:
+    # x as in `_packed`, of one weight if it is a stack
+    return direct.products(x, [_described(w) for w in weights], out_dtypes)
+
+
+def _direct_bwd(out_dtypes, args, g):
+    def plain(x, weights):
+        return [_xla(x, w, dtype) for w, dtype in zip(weights, out_dtypes, strict=True)]
+
+    x, weights = args
+    packed = [isinstance(w, QuantizedArray) for w in weights]
+    dense = tuple(w for w, p in zip(weights, packed, strict=True) if not p)
+
+    def of(x, dense):
+        rest = iter(dense)
+        return plain(x, [w if p else next(rest) for w, p in zip(weights, packed, strict=True)])
+
+    dx, d_dense = jax.vjp(of, x, dense)[1](g)
+    rest = iter(d_dense)
+    return dx, tuple(None if p else next(rest) for p in packed)
+
+
+_direct.defvjp(lambda *args: (_direct(*args), args[:2]), _direct_bwd)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _kernel(x: jax.Array, w: QuantizedArray, out_dtype: Any) -> jax.Array:
     # x as in `_packed`
@@ -163,11 +195,55 @@ def _pallas(x: jax.Array, w: Any, out_dtype: Any) -> jax.Array:
     if not isinstance(w, QuantizedArray):
         raise NotImplementedError("plain weights are XLA's")
     lowering.require_device()
+    with contextlib.suppress(NotImplementedError):
+        return _pallas_many(x, (w,), (out_dtype,))[0]
     lead = x.shape[: x.ndim - (w.ndim - 1)]
     if not 1 <= math.prod(lead) <= matrix.MAX_ROWS:
         raise NotImplementedError(f"{math.prod(lead)} rows: expanding the weight once costs less")
     y = _kernel(x.reshape(math.prod(lead), *x.shape[len(lead) :]), w, out_dtype)
     return y.reshape(*lead, *y.shape[1:])
+
+
+def _pallas_many(x: jax.Array, weights: tuple[Any, ...], out_dtypes: tuple[Any, ...]) -> list[jax.Array]:
+    lowering.require_device()
+    lead = x.shape[: x.ndim - (weights[0].ndim - 1)]
+    ys = _direct(x.reshape(math.prod(lead), *x.shape[len(lead) :]), weights, out_dtypes)
+    return [y.reshape(*lead, *y.shape[1:]) for y in ys]
+
+
+def _each(
+    x: jax.Array, weights: tuple[Any, ...], out_dtypes: tuple[Any, ...], precise: tuple[bool, ...]
+) -> list[jax.Array]:
+    wide = x.astype(jnp.float32)
+    return [
+        matmul(wide if p else x, w, out_dtype=dtype) for w, dtype, p in zip(weights, out_dtypes, precise, strict=True)
+    ]
+
+
+def _together(x, weights, out_dtypes, precise):  # all of its products are of float32
+    return _pallas_many(x, weights, out_dtypes)
+
+
+MANY_IMPLEMENTATIONS = {"pallas": _together, "xla": _each}
+
+
+def matmul_many(
+    x: Any, weights: Sequence[Any], *, out_dtypes: Sequence[Any] | None = None, precise: Sequence[bool] | None = None,
+    implementation: str | None = None,
+) -> list[jax.Array]:  # fmt: skip
+    """`matmul(x, w)` for several weights [out, in] of one input width, where a kernel can in one launch.
+
+    out_dtypes: of each result; x's by default. precise: for each, whether weights are multiplied as float32 whatever
+    x's dtype. implementation: None for the best available, "pallas", or "xla", which here is one `matmul` after
+    another.
+    """
+    x, weights = jnp.asarray(x), tuple(as_jax(w) for w in weights)
+    out_dtypes = tuple(np.dtype(d) for d in out_dtypes or [x.dtype] * len(weights))
+    precise = tuple(precise or [False] * len(weights))
+    for w in weights:
+        if len(w.shape) != 2 or w.shape[-1] != x.shape[-1]:
+            raise DS4Error(f"matmul_many: w {list(w.shape)} must be [out, in], in as in x {list(x.shape)}")
+    return api.run("matmul_many", MANY_IMPLEMENTATIONS, implementation, x, weights, out_dtypes, precise)
 
 
 IMPLEMENTATIONS = {"pallas": _pallas, "xla": _xla}

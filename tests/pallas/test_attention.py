@@ -24,7 +24,9 @@ def inputs(rng, B, H, d, W, N, K, dtype=jnp.float32):
     rows = jnp.asarray(np.where(rng.random((B, K)) < 0.8, rng.integers(0, max(N, 1), (B, K)), -1), jnp.int32)
     live = jnp.asarray(rng.random((B, W)) < 0.8)
     stored = (normal(N, d), rows) if N else (None, None)
-    return normal(B, H, d), normal(B, W, d), live, *stored, jnp.asarray(rng.normal(size=H), jnp.float32)
+    angle = rng.normal(size=(B, d // 8))
+    cos_sin = (jnp.asarray(f(angle), jnp.float32) for f in (np.cos, np.sin))
+    return normal(B, H, d), normal(B, W, d), live, *stored, jnp.asarray(rng.normal(size=H), jnp.float32), *cos_sin
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -39,24 +41,24 @@ def test_kernel_equals_plain(rng, shape, dtype, tolerance):
 
 
 def test_nothing_to_read_gives_the_sink_everything(rng):
-    q, window, live, stored, rows, sink = inputs(rng, 2, 4, 16, 8, 40, 40)
+    q, window, live, stored, rows, sink, *turn = inputs(rng, 2, 4, 16, 8, 40, 40)
     with lowering.interpreted():
-        out = attention.decode(q, window, jnp.zeros_like(live), stored, jnp.full_like(rows, -1), sink)
+        out = attention.decode(q, window, jnp.zeros_like(live), stored, jnp.full_like(rows, -1), sink, *turn)
     np.testing.assert_array_equal(out, 0)
 
 
 def test_scores_far_apart_do_not_overflow(rng):
-    q, window, live, stored, rows, sink = inputs(rng, 2, 4, 16, 8, 40, 40)
-    args = (1e4 * q, window, live, stored, rows, sink)
+    q, window, live, stored, rows, sink, *turn = inputs(rng, 2, 4, 16, 8, 40, 40)
+    args = (1e4 * q, window, live, stored, rows, sink, *turn)
     with lowering.interpreted():
         np.testing.assert_allclose(attention.decode(*args), _attend_rows(*args), atol=1e-5)
 
 
 def test_gradients_are_those_of_the_plain_form(rng):
-    q, window, live, stored, rows, sink = inputs(rng, 2, 4, 16, 8, 40, 12)
+    q, window, live, stored, rows, sink, *turn = inputs(rng, 2, 4, 16, 8, 40, 12)
 
     def loss(fn):
-        return lambda q, window, stored, sink: jnp.sum(jnp.sin(fn(q, window, live, stored, rows, sink)))
+        return lambda q, window, stored, sink: jnp.sum(jnp.sin(fn(q, window, live, stored, rows, sink, *turn)))
 
     with lowering.interpreted():
         ours = jax.grad(loss(_attend_kernel), argnums=(0, 1, 2, 3))(q, window, stored, sink)
@@ -81,4 +83,5 @@ def test_lowers_for_cuda(slots, read):
     shape = jax.ShapeDtypeStruct
     args = [shape((slots, 64, 512), jnp.bfloat16), shape((slots, 128, 512), jnp.bfloat16), shape((slots, 128), bool)]
     args += [shape((4096, 512), jnp.bfloat16), shape((slots, read), jnp.int32)] if read else [None, None]
-    assert "decode_attention_join" in lowering.lower_for_cuda(attention.decode, *args, shape((64,), jnp.float32))
+    numbers = [shape(n, jnp.float32) for n in ((64,), (slots, 32), (slots, 32))]
+    assert "decode_attention_join" in lowering.lower_for_cuda(attention.decode, *args, *numbers)

@@ -1,0 +1,149 @@
+"""What is done to queries, keys and heads after their product, in one launch: norm, rotary embedding, the rounding of
+the cache, and the write into it.
+
+XLA makes three to six launches of it for one token, each of which takes longer to start than to run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+
+from ds4jax.pallas import lowering as lo
+
+Array = jax.Array
+
+MAX_ROWS = 64
+MAX_ROWS_FP4 = 16  # each program makes its own Hadamard matrix
+GROUP = 64  # channels that share a scale of the FP8 cache
+PAIRS = GROUP // 2
+
+
+def finish(
+    raw: Array, cos: Array | None, sin: Array | None, weight: Array | None, store: Array | None, rows: Array | None, *,
+    eps: float | None, inverse: bool, rounding: str | None, dtype: Any,
+) -> tuple[Array, Array | None]:  # fmt: skip
+    """As `model.heads.finish`: raw [N, H, d], cos and sin [N, r/2] → [N, H, d] of `dtype`, and `store` [M, d] with head
+    0 of row n written to its row `rows[n]` (-1: nowhere). NotImplementedError where no kernel serves the call."""
+    lo.require_device()
+    N, H, d = raw.shape
+    turned = 0 if cos is None else 2 * cos.shape[-1]
+    most = MAX_ROWS_FP4 if rounding == "fp4" else MAX_ROWS
+    if not 1 <= N <= most:
+        raise NotImplementedError(f"{N} rows; this kernel takes 1 to {most}")
+    if d < GROUP or d & (d - 1):
+        raise NotImplementedError(f"{d} channels are no power of two of at least {GROUP}")
+    if rounding == "fp8" and (d - turned) % GROUP:
+        raise NotImplementedError(f"{d - turned} channels are no whole groups of {GROUP}")
+    half, kept = d // 2, (d - turned) // 2  # pairs of channels, and those that do not turn
+
+    def kernel(raw_ref, *refs):
+        refs = list(refs)
+        cos_ref, sin_ref = (refs.pop(0), refs.pop(0)) if turned else (None, None)
+        weight_ref = None if weight is None else refs.pop(0)
+        rows_ref = None if store is None else (refs.pop(0), refs.pop(0))[0]
+        out_ref, store_ref = refs[0], refs[-1]
+        n, h = pl.program_id(0), pl.program_id(1)
+        group = jnp.arange(d // GROUP, dtype=jnp.int32)[:, None]
+        pair = group * PAIRS + jnp.arange(PAIRS, dtype=jnp.int32)[None]
+        ends = [lo.load(raw_ref, (n, h, 2 * pair + i)).astype(jnp.float32) for i in range(2)]
+        if eps is not None:
+            square = jnp.sum(ends[0] * ends[0]) + jnp.sum(ends[1] * ends[1])
+            scale = lax.rsqrt(square / d + eps)
+            ends = [e * scale for e in ends]
+            if weight is not None:
+                ends = [e * lo.load(weight_ref, (2 * pair + i,)).astype(jnp.float32) for i, e in enumerate(ends)]
+            ends = [_as(e, raw.dtype) for e in ends]
+        if turned:
+            at = jnp.maximum(pair - kept, 0)
+            c, s = lo.load(cos_ref, (n, at)), lo.load(sin_ref, (n, at))
+            if inverse:
+                s = -s
+            pairs = (ends[0] * c - ends[1] * s, ends[0] * s + ends[1] * c)
+            ends = [jnp.where(pair >= kept, _as(t, raw.dtype), e) for t, e in zip(pairs, ends, strict=True)]
+        if rounding == "fp4":
+            places, values = _fp4(ends, half)
+            results = [(places, values)]
+        else:
+            if rounding == "fp8":
+                ends = _fp8([_as(e, dtype) for e in ends], group < (d - turned) // GROUP)
+            results = [(2 * pair + i, e) for i, e in enumerate(ends)]
+        for place, value in results:
+            value = _as(value, dtype)
+            lo.store(out_ref, (n, h, place), value)
+            if store is not None:
+                row = rows_ref[n]
+                lo.store(store_ref, (jnp.maximum(row, 0), place), value, mask=(row >= 0) & (place >= 0))
+
+    arguments = [raw, *([cos, sin] if turned else []), *([] if weight is None else [weight])]
+    out: list[jax.ShapeDtypeStruct] = [jax.ShapeDtypeStruct((N, H, d), dtype)]
+    aliases = {}
+    if store is not None:
+        arguments += [rows, store]
+        out.append(jax.ShapeDtypeStruct(store.shape, store.dtype))
+        aliases = {len(arguments) - 1: 1}
+    warps = 4 if d >= 512 or rounding == "fp4" else 1
+    results = lo.call(
+        kernel, out, *arguments, grid=(N, H), tuning=lo.Tuning(warps=warps, stages=1),
+        name=f"finish_{rounding or 'heads'}", aliases=aliases,
+    )  # fmt: skip
+    return results[0], results[1] if store is not None else None
+
+
+def _as(x: Array, dtype: Any) -> Array:
+    """x rounded to `dtype`, as float32."""
+    return x.astype(dtype).astype(jnp.float32)
+
+
+def _power_of_two(exponent: Array) -> Array:
+    return lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)
+
+
+def _scale_exponent(peak: Array, top: float) -> Array:
+    """ceil(log2(peak / top)) of normal positive numbers, exactly, by their bits: a kernel's division is not exact."""
+    bits = lax.bitcast_convert_type(peak, jnp.int32)
+    top_bits = int(np.float32(top).view(np.int32))
+    above = (bits & 0x7FFFFF) > (top_bits & 0x7FFFFF)
+    return (bits >> 23) - (top_bits >> 23) + above.astype(jnp.int32)
+
+
+def _fp8(ends: list[Array], rounded: Array) -> list[Array]:
+    """Even and odd channels [groups, PAIRS] as `model.layers.simulate_fp8` rounds them, where `rounded`."""
+    peak = jnp.max(jnp.maximum(jnp.abs(ends[0]), jnp.abs(ends[1])), axis=1)
+    exponent = _scale_exponent(jnp.maximum(peak, 1e-4), 448.0)[:, None]
+    out = []
+    for e in ends:
+        x = e * _power_of_two(-exponent)
+        step = jnp.maximum((lax.bitcast_convert_type(x, jnp.int32) >> 23 & 0xFF) - 127, -6) - 3
+        x = jnp.clip(lo.round_even(x * _power_of_two(-step)) * _power_of_two(step), -448.0, 448.0)
+        # a NaN stays one: a kernel's minimum may drop it
+        out.append(jnp.where(rounded & (e == e), x * _power_of_two(exponent), e))
+    return out
+
+
+def _fp4(ends: list[Array], half: int) -> tuple[Array, Array]:
+    """Even and odd channels [groups, PAIRS] → places and values [d / 32, 32], as `model.layers.simulate_fp4`."""
+    d = 2 * half
+    column = jnp.arange(d // 32, dtype=jnp.int32)[:, None] * 32 + jnp.arange(32, dtype=jnp.int32)[None]
+    pair = jnp.arange(half, dtype=jnp.int32)[:, None, None]
+    turned = jnp.zeros(column.shape, jnp.float32)
+    for i, e in enumerate(ends):
+        odd = (2 * pair + i) & column[None]  # an odd number of common bits makes the Hadamard matrix's entry negative
+        for shift in (16, 8, 4, 2, 1):
+            if shift < d:
+                odd = odd ^ (odd >> shift)
+        x = jnp.broadcast_to(e.reshape(half)[:, None, None], odd.shape)
+        turned = turned + jnp.sum(jnp.where((odd & 1) > 0, -x, x), axis=0)
+    turned = turned * np.float32(d**-0.5)
+    peak = jnp.maximum(jnp.max(jnp.abs(turned), axis=1), np.float32(6 * 2.0**-126))
+    exponent = _scale_exponent(peak, 6.0)[:, None]
+    x = turned * _power_of_two(-exponent)
+    a = jnp.abs(x)
+    fine, coarse = lo.round_even(2 * a) * 0.5, lo.round_even(0.5 * a) * 2
+    a = jnp.minimum(jnp.where(a < 2, fine, jnp.where(a < 4, lo.round_even(a), coarse)), 6.0)
+    return column, jnp.where(x == x, jnp.where(x < 0, -a, a) * _power_of_two(exponent), x)
