@@ -2,6 +2,7 @@
 
     python -m scripts.make_nano --pieces OUT --tokenizer DATA/tokenizer.json                  # ds4jax/assets/nano.gguf
     python -m scripts.make_nano --pieces OUT --tokenizer DATA/tokenizer.json --variant f16 --out nano-f16.gguf
+    python -m scripts.make_nano --pieces OUT --tokenizer DATA/tokenizer.json --variant all --out FOLDER
 
 Variants: f16; q8, q4, iq3 (routed experts in Q8_0, Q4_K, IQ3_XXS); q2, the shipped one (gate and up in IQ2_XXS, down in
 Q2_K, encoded by how much each input counts). All but f16 keep the other matrices in Q8_0 and, if the file would exceed
@@ -90,18 +91,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pieces", type=Path, required=True, help="folder with nano-1.safetensors, …")
     parser.add_argument("--tokenizer", type=Path, required=True, help="tokenizer.json")
-    parser.add_argument("--variant", choices=EXPERTS, default="q2")
-    parser.add_argument("--out", type=Path, default=ROOT / "ds4jax/assets/nano.gguf")
+    parser.add_argument("--variant", choices=(*EXPERTS, "all"), default="q2")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "ds4jax/assets/nano.gguf",
+        help="file; of all variants the folder for nano-f16.gguf, …",
+    )  # fmt: skip
     parser.add_argument("--limit", type=float, help="MiB; default 12 for q2, none for the others")
     args = parser.parse_args()
-    limit = args.limit * 2**20 if args.limit else LIMIT if args.variant == "q2" else math.inf
-    try:
-        by_type = make(args.pieces, args.tokenizer, args.variant, args.out, limit)
-    except DS4Error as e:
-        raise SystemExit(f"make_nano: {e}") from None
-    for name, size in sorted(by_type.items(), key=lambda kv: -kv[1]):
-        print(f"{name:8s} {size:10,d} bytes")
-    print(f"{args.out}: {args.out.stat().st_size / 2**20:.2f} MiB")
+    every = args.variant == "all"
+    if every:
+        if args.out.suffix:
+            parser.error("--variant all: --out must name a folder")
+        args.out.mkdir(parents=True, exist_ok=True)
+    for variant in EXPERTS if every else (args.variant,):
+        out = args.out / f"nano-{variant}.gguf" if every else args.out
+        limit = args.limit * 2**20 if args.limit else LIMIT if variant == "q2" else math.inf
+        try:
+            by_type = make(args.pieces, args.tokenizer, variant, out, limit)
+        except DS4Error as e:
+            raise SystemExit(f"make_nano: {e}") from None
+        if not every:
+            for name, size in sorted(by_type.items(), key=lambda kv: -kv[1]):
+                print(f"{name:8s} {size:10,d} bytes")
+        print(f"{out}: {out.stat().st_size / 2**20:.2f} MiB", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
-"""Trains nano's tokenizer and writes its token shards from the corpus and the synthetic skills.
+"""Trains nano's tokenizer and writes token shards of the corpus and of held-out synthetic skills.
 
-    python -m scripts.nano.prepare --data DATA [--vocab 6144] [--seed 0] [--budget needle=5e6 docs=12e6 ...]
+    python -m scripts.nano.prepare --data DATA [--vocab 6144] [--seed 0] [--budget prose=4e6 docs=12e6 ...]
 
 Reads ``DATA/text`` and ``DATA/manifest.json`` (see corpus.py), writes
 
     DATA/tokenizer.json   byte-level BPE with DeepSeek's pre-tokenizer and special tokens; digits are single tokens
-    DATA/train.npz        token shards (see shards.py), one group a kind of text or a skill
-    DATA/heldout.npz      the same groups from held-out documents, and needle_256 ... needle_3500 by length in tokens
+    DATA/train.npz        token shards (see shards.py), one group a kind of text; skills are made while training runs
+    DATA/heldout.npz      held-out documents, groups of every skill, and needle_256 ... needle_3500 by length
     DATA/meta.json        tokens, documents, bytes per token of every group; seed, budgets, hashes
 
-A group's budget is its number of training tokens; which share of the steps each group gets is the trainer's choice.
+A kind's budget is its number of training tokens; which share of them is read is the trainer's choice.
 The same inputs give the same files byte for byte.
 """
 
@@ -35,12 +35,8 @@ from .shards import Group, write
 
 BUDGETS = {
     "prose": 4e6, "game": 1e6, "scripture": 1.2e6, "docs": 12e6, "dictionary": 2.4e6,
-    "story": 6e6, "dialogue": 0.6e6, "arithmetic": 1.5e6, "problem": 0.6e6, "lists": 0.8e6,
-    "needle": 7e6, "copy": 0.8e6,
-    "smalltalk": 0.15e6, "chat_facts": 0.5e6, "chat_arithmetic": 2e6, "chat_story": 1.2e6, "chat_needle": 2e6,
-    "tools": 2.5e6,
 }  # fmt: skip
-TEXT_KINDS = ("prose", "game", "scripture", "docs", "dictionary")
+TEXT_KINDS = tuple(BUDGETS)
 HELDOUT_ITEMS = 200
 NEEDLE_LENGTHS = (256, 512, 1024, 2048, 3500)
 # Share of the tokenizer's training text, in bytes: ordinary English counts most, skills must not be spelled out.
@@ -129,7 +125,7 @@ def skill_options(data: Path, skill: str, split: str, seed: int) -> dict[str, li
 
 def bpe_texts(data: Path, seed: int) -> Iterator[str]:
     """The tokenizer's training text. Digits are cut out: no merge is learnt from them, so each stays one token."""
-    for name in BUDGETS:
+    for name in (*TEXT_KINDS, *synth.SKILLS):
         left = BPE_BYTES.get(name, BPE_OTHER)
         for item in group_items(data, name, "train", seed):
             left -= len(item.text)
@@ -162,8 +158,9 @@ def prepare(data: Path, vocab: int, seed: int, budgets: dict[str, float]) -> dic
             flush=True,
         )
 
-    for name, budget in budgets.items():
-        add("train", name, group_items(data, name, "train", seed), budget)
+    for name in (*(k for k in TEXT_KINDS if k in budgets), *synth.SKILLS):
+        if name in budgets:
+            add("train", name, group_items(data, name, "train", seed), budgets[name])
         held = group_items(data, name, "heldout", seed)
         add("heldout", name, held if name in TEXT_KINDS else islice(held, HELDOUT_ITEMS), float("inf"))
     options = skill_options(data, "needle", "heldout", seed)

@@ -24,10 +24,9 @@ import numpy as np
 from ds4jax.chat.tokenizer import Tokenizer
 
 from . import shards, synth, tasks
-from .prepare import encode
+from .prepare import TEXT_KINDS, encode
 from .synth import Item
 
-TEXT_KINDS = ("prose", "game", "scripture", "docs", "dictionary")
 CLASS_SHIFT = 13
 CLASSES = ("text", "answer", "prompt", "reply", "value", "padding")
 """Plain text; answers within it; what is given to a chat; what the assistant writes; the values of recall in it."""

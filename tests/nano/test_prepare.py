@@ -58,11 +58,12 @@ def test_groups_budgets_and_marks(prepared):
     tokenizer = Tokenizer.from_json(folder / "tokenizer.json")
     assert tokenizer.vocab_size == 1024
     train, held = shards.read(folder / "train.npz"), shards.read(folder / "heldout.npz")
-    assert set(train) == set(prepare.BUDGETS) and set(held) == set(train) | {"needle_256"}
-    for name, group in train.items():
-        assert (
-            group.tokens.dtype == np.uint16 and group.offsets[-1] == len(group.tokens) == meta["train"][name]["tokens"]
-        )
+    assert set(train) == set(prepare.BUDGETS) and set(held) == set(train) | set(synth.SKILLS) | {"needle_256"}
+    for split, name, group in (
+        (s, n, g) for s, groups in (("train", train), ("heldout", held)) for n, g in groups.items()
+    ):
+        assert group.tokens.dtype == np.uint16
+        assert group.offsets[-1] == len(group.tokens) == meta[split][name]["tokens"]
         for i in range(len(group)):
             ids = group.document(i)
             assert ids[0] == tokenizer.bos_id and ids[-1] == tokenizer.eos_id
