@@ -326,7 +326,9 @@ def _join(a: Array, b: Array) -> Array:
 
 def stack(parts: Sequence[Array]) -> Array:
     """n [...] → [..., n] for a power of two n; no data moves where a thread holds an element's n."""
-    if interpreting() or len(parts) == 1:
+    if len(parts) == 1:
+        return parts[0][..., None]
+    if interpreting():
         return jnp.stack(parts, axis=-1)
     shape, n = parts[0].shape, len(parts)
     while len(parts) > 1:
