@@ -25,6 +25,7 @@ from ds4jax.pallas.experts import Stack, activation, schedule
 
 Array = jax.Array
 
+PROGRAMS = 512  # that a device runs at once, or more
 MAX_ROWS = 256  # from here on, expanding the weight once and a plain product is faster
 
 
@@ -54,14 +55,20 @@ def _units(format: str, K: int, units: int) -> int:
 
 
 def _products(
-    tiles: list[tuple[str, decode.Tile, np.ndarray | None]], K: int, units: int, x_ref: Any, x_rows: Array
-) -> list[Array]:
-    """Each tile's rows times the rows `x_rows` [M] of `_in_kernel_order`: float32 [M, R] each. All of one format."""
+    tiles: list[tuple[str, decode.Tile, np.ndarray | None]], K: int, units: int, x_ref: Any, x_rows: Array,
+    part: Any = 0, parts: int = 1,
+) -> list[Array]:  # fmt: skip
+    """Each tile's rows times the rows `x_rows` [M] of `_in_kernel_order`: float32 [M, R] each. All of one format.
+
+    part, parts: of how many equal parts of the input which one is multiplied.
+    """
     unit = decode.DECODERS[tiles[0][0]].unit
     count, width = K // unit, units * unit
     R, M = tiles[0][1].rows.shape[0], x_rows.shape[0]
+    steps = -(-count // units) // parts
 
     def step(i, sums):
+        i = part * steps + i
         u = i * units + jnp.arange(units, dtype=jnp.int32)
         if count % units:
             u = jnp.minimum(u, count - 1)  # x is zero there
@@ -70,7 +77,7 @@ def _products(
         weights = [decode.values(format, tile, u, codebook, x_ref.dtype) for format, tile, codebook in tiles]
         return [s + lo.matrix_product(x, w) for s, w in zip(sums, weights, strict=True)]
 
-    return lo.loop(-(-count // units), step, [jnp.zeros((M, R), jnp.float32) for _ in tiles])
+    return lo.loop(steps, step, [jnp.zeros((M, R), jnp.float32) for _ in tiles])
 
 
 def matmul(
@@ -89,21 +96,35 @@ def matmul(
     stack = Stack(parts, format, codebook)
     arguments = stack.arguments()
 
+    parts = _parts(-(-out // R) * -(-N // M) * G, -(-K // (units * decode.DECODERS[format].unit)))
+
     def kernel(x_ref, *refs):
         stack_refs, out_ref = refs[:-1], refs[-1]
-        g = pl.program_id(2)
+        g, part = pl.program_id(2) // parts, pl.program_id(2) % parts
         row = pl.program_id(0) * R + jnp.arange(R, dtype=jnp.int32)
         token = pl.program_id(1) * M + jnp.arange(M, dtype=jnp.int32)
         tile = stack.tile(stack_refs, g * out + jnp.minimum(row, out - 1))
-        (y,) = _products([(format, tile, codebook)], K, units, x_ref, jnp.minimum(token, N - 1) * G + g)
+        n = jnp.minimum(token, N - 1) * G + g
+        (y,) = _products([(format, tile, codebook)], K, units, x_ref, n, part, parts)
         inside = (token < N)[:, None] & (row < out)[None, :]
-        lo.store(out_ref, ((token * G + g)[:, None], row[None, :]), y, mask=inside)
+        lo.store(out_ref, ((part * N * G + token * G + g)[:, None], row[None, :]), y, mask=inside)
 
     y = lo.call(
-        kernel, jax.ShapeDtypeStruct((N * G, out), out_dtype), _in_kernel_order(x.reshape(N * G, K), format, units),
-        *arguments, grid=(-(-out // R), -(-N // M), G), tuning=tuning, name=f"matmul_{format.lower()}",
+        kernel, jax.ShapeDtypeStruct((parts * N * G, out), jnp.float32 if parts > 1 else out_dtype),
+        _in_kernel_order(x.reshape(N * G, K), format, units), *arguments, grid=(-(-out // R), -(-N // M), G * parts),
+        tuning=tuning, name=f"matmul_{format.lower()}",
     )  # fmt: skip
+    if parts > 1:
+        y = jnp.sum(y.reshape(parts, N * G, out), axis=0).astype(out_dtype)
     return y.reshape(N, G, out) if stacked else y
+
+
+def _parts(programs: int, steps: int) -> int:
+    """Into how many parts to cut the input, so that a matrix of few rows fills the device; each of some steps."""
+    parts = 1
+    while programs * parts < PROGRAMS and steps % (2 * parts) == 0 and steps // parts >= 8:
+        parts *= 2
+    return parts
 
 
 # ---- routed experts --------------------------------------------------------------------------------------------------
@@ -170,7 +191,5 @@ def grouped_swiglu(
 def grouped_down(h: Array, stack: Stack, ids: Array, tuning: lo.Tuning | None = None) -> Array:
     """`quant.expert_down` for many tokens, bfloat16."""
     T, k, F = h.shape
-    y = _grouped(
-        "down", h.reshape(T * k, F), [stack], ids, [], jnp.float32, tuning, lambda n: n, lambda n, refs, y: y
-    )
+    y = _grouped("down", h.reshape(T * k, F), [stack], ids, [], jnp.float32, tuning, lambda n: n, lambda n, refs, y: y)
     return jnp.sum(y.reshape(T, k, stack.out), axis=1).astype(h.dtype)

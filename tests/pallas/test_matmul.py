@@ -43,6 +43,12 @@ def test_many_rows(rng, name):
     assert error(many(x, w), plain(x, w)) < 2e-3
 
 
+def test_a_long_input_is_cut_into_parts(rng):
+    w, x = weight(rng, "Q2_K", (19, 4096)), activations(rng, (17, 4096))
+    assert matrix._parts(4, 32) == 8 and matrix._parts(4, 12) == 2 and matrix._parts(600, 64) == 1
+    assert error(many(x, w, jnp.bfloat16), plain(x, w)) < 4e-3
+
+
 @pytest.mark.parametrize("name", ["Q8_0", "FP8_128"])
 def test_float32_activations_keep_their_digits(rng, name):
     w, x = weight(rng, name, (8, 256)), activations(rng, (2, 256), jnp.float32)
