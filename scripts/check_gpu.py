@@ -54,9 +54,11 @@ def cases(formats: list[str], fast: bool, rng: np.random.Generator, key):
             yield f"matmul {f} stack of 8, 2 rows", product, (normal(2, 8, 1024), weight(f, 8, 256, 1024))
         E, F, D, k = 24, 512, 1024, 6
         gate, up, last = weight(f, E, F, D), weight(f, E, F, D), weight(f, E, D, F)
-        for tokens, which in ((1, "random"), (8, "random"), (8, "one expert"), (200, "random"), (130, "one expert")):
-            if fast and tokens not in (1, 200):
-                continue
+        # by what they run on: an assignment a program; byte products; tensor cores
+        few, batch, many = ((1, "random"), (8, "random"), (8, "one expert")), ((20, "random"), (26, "one expert")), (
+            (200, "random"), (130, "one expert"),
+        )  # fmt: skip
+        for tokens, which in (few[0], batch[0], many[0]) if fast else few + batch + many:
             ids = np.full((tokens, k), 5) if which == "one expert" else rng.integers(0, E - 3, (tokens, k))
             ids = jnp.asarray(ids, jnp.int32)  # the last three experts stay empty
             weights = jnp.asarray(rng.random((tokens, k)), jnp.float32)

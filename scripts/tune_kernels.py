@@ -1,10 +1,13 @@
 """Find fast shapes of work for the kernels on this GPU, and write them where the kernels look for them.
 
-Every variant is compiled (in parallel threads), compared with plain JAX on random weights, and timed; a table sorted by
-speed is printed for each operation. With the default choice about three minutes on an H100 or H200.
+Every variant is compiled (in parallel threads), compared with plain JAX on random weights, and timed by the profiler:
+the kernel's own time, median over distinct weights that together exceed the device's caches. A table sorted by speed is
+printed for each case, with what else the device runs for it (activations split into digits, schedules). Where several
+cases share an entry of the file, the variant that is best for all of them together is written; and where an operation
+can go by byte products or on tensor cores, up to which number of assignments an expert the former are faster.
 
-usage: python scripts/tune_kernels.py [--ops matvec,swiglu,down,dense,grouped] [--formats Q8_0,…] [--quick]
-                                      [--out ds4jax/pallas/tuned.json] [--budget 240] [--threads 12]
+usage: python scripts/tune_kernels.py [--ops matvec,swiglu,down,bytes,dense,grouped] [--formats Q8_0,…] [--quick]
+                                      [--out ds4jax/pallas/tuned.json] [--budget 600] [--threads 16]
 """
 
 from __future__ import annotations
@@ -14,9 +17,12 @@ import concurrent.futures
 import dataclasses
 import itertools
 import json
+import math
+import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,73 +35,110 @@ from ds4jax.runtime import bench
 
 E, F, D, k = 256, 2048, 4096, 6  # Flash
 LIMIT = 10.0
+CHECKED = 64  # tokens whose results are compared
+KERNELS = ("matvec_", "swiglu_", "down_", "bytes_", "matmul_", "grouped_")  # names; other kernels are overhead
 
-# operation → [(format, shape, rows of activations)]; the first format of each is in the published q2 file
-CASES = {
-    "matvec": [
-        ("Q8_0", (2048, 4096), 1), ("Q8_0", (32768, 1024), 1), ("Q8_0", (4096, 2048), 1), ("Q8_0", (4096, 8192), 1),
-        ("Q4_K", (2048, 4096), 1),
-    ],
-    "swiglu": [("IQ2_XXS", (E, F, D), 1), ("Q4_K", (E, F, D), 1), ("MXFP4", (E, F, D), 1), ("IQ3_XXS", (E, F, D), 1)],
-    "down": [("Q2_K", (E, D, F), 1), ("Q4_K", (E, D, F), 1), ("MXFP4", (E, D, F), 1), ("IQ3_S", (E, D, F), 1)],
-    "dense": [("Q8_0", (4096, 4096), 64)],
-    "grouped": [("IQ2_XXS", (E, F, D), 512), ("Q2_K", (E, D, F), 512)],
-}  # fmt: skip
+# (operation, format, shape, tokens); those of the published q2 file first
+PUBLISHED = [
+    *(("grouped", *case, tokens) for tokens in (2048, 4096) for case in (("IQ2_XXS", (E, F, D)), ("Q2_K", (E, D, F)))),
+    *((op, *case, tokens) for tokens in (64, 256) for case in (("IQ2_XXS", (E, F, D)), ("Q2_K", (E, D, F)))
+      for op in ("bytes", "grouped")),
+    ("dense", "Q8_0", (4096, 8192), 64), ("dense", "Q8_0", (32768, 1024), 64),
+    ("swiglu", "IQ2_XXS", (E, F, D), 1), ("down", "Q2_K", (E, D, F), 1),
+    *(("matvec", "Q8_0", shape, 1) for shape in ((4096, 2048), (512, 4096), (8, 1024, 4096), (1024, 4096),
+                                                 (2048, 4096), (32768, 1024), (4096, 8192), (129280, 4096))),
+]  # fmt: skip
+OTHERS = [
+    ("matvec", "Q4_K", (2048, 4096), 1),
+    *(("swiglu", f, (E, F, D), 1) for f in ("Q4_K", "MXFP4", "IQ3_XXS")),
+    *(("down", f, (E, D, F), 1) for f in ("Q4_K", "MXFP4", "IQ3_S")),
+    *((op, f, (E, F, D), 64) for f in ("Q4_K", "MXFP4") for op in ("bytes", "grouped")),
+    *(("grouped", f, (E, F, D), 2048) for f in ("Q4_K", "MXFP4")),
+]
+
+Case = tuple[str, str, tuple[int, ...], int]
 
 
-def variants(op: str, format: str, K: int, quick: bool) -> list[lowering.Tuning]:
+def variants(case: Case, quick: bool) -> list[lowering.Tuning]:
     """The shapes of work to try."""
+    op, format, shape, tokens = case
+    T, unit = lowering.Tuning, decode.DECODERS[format].unit
     if op in ("dense", "grouped"):
-        rows, units, tokens = ((64,), (8,), (32, 64)) if quick else ((64, 128), (4, 8), (32, 64))
-        stages = (2,) if quick else (2, 3)
-        return [
-            lowering.Tuning(r, u, r // 16, s, t) for r, u, t, s in itertools.product(rows, units, tokens, stages)
-        ]  # fmt: skip
-    most = max(32, matvec.power_of_two(K // decode.DECODERS[format].unit))
-    shapes = [(32 * w, w) for w in (1, 2, 4, 8)] + ([] if quick else [(128, 2), (256, 4)])
-    shapes += [(32, 2)] if most == 32 else []
-    rows = (4, 8) if quick else (2, 4, 8, 16)
-    return [lowering.Tuning(r, units, w) for r, (units, w) in itertools.product(rows, shapes) if units <= most]
+        shapes = [(64, 4, 128), (128, 8, 128), (64, 4, 64)]  # rows, warps, elements of a step
+        if op == "dense":
+            shapes = [(64, 4, 128), (32, 4, 128), (64, 4, 256), (32, 4, 256)]
+        shapes += [] if quick else [(128, 8, 64), (128, 4, 64), (64, 4, 256), (64, 8, 128), (32, 4, 128)]
+        if tokens * k < 16 * E:  # short runs: what counts is decoding
+            shapes = shapes[:2]
+        lengths = (64, 128) if tokens * k > 64 * E else (64,)
+        stages = (2,) if quick or tokens < 2048 else (2, 3)
+        return [T(r, s // unit, w, n, m) for (r, w, s), n, m in itertools.product(shapes, stages, lengths)]
+    most = max(32, matvec.power_of_two(shape[-1] // unit))
+    threads = [(32 * w, w) for w in (1, 2, 4) if 32 * w <= most]
+    if op == "bytes":
+        sums = ((4, 2), (4, 4), (8, 2), (8, 4)) if quick else itertools.product((1, 2, 4, 8), (2, 4, 8))
+        both = itertools.product(sums, threads[: 1 if quick else 2])
+        return [T(r, u, w, 2, m) for (r, m), (u, w) in both if r * m <= 32]
+    rows = ((1, 2, 4) if op == "matvec" else (2, 4, 8)) if quick else (1, 2, 4, 8)
+    return [T(r, u, w) for r, (u, w) in itertools.product(rows, threads[: 2 if quick else 3])]
 
 
-def operation(op: str, w: quant.QuantizedArray, tokens: int):
-    """(x, weights for a chain, function of (x, weight, tuning or None for plain JAX), bytes that it must read)."""
-    key, rng = jax.random.key(7), np.random.default_rng(0)
-    book = codebook(w.format)
+def operation(case: Case) -> tuple[Any, Any]:
+    """(function of (x, weight, tuning or None for plain JAX), function that makes (x, weights for a measurement))."""
+    op, format, shape, tokens = case
+    key, rng, book = jax.random.key(7), np.random.default_rng(0), codebook(format)
     stack = lambda w: experts.Stack(w.parts, w.format, book)  # noqa: E731
-    n = w.nbytes
     if op in ("matvec", "dense"):
-        x = jax.random.normal(key, (tokens, w.shape[-1]), jnp.bfloat16)
         kernel = matvec.matvec if op == "matvec" else matrix.matmul
 
-        def run(x, w, tuning):
+        def product(x, w, tuning):
             if tuning is None:
                 return quant.matmul(x.astype(jnp.float32), w, implementation="xla")
-            return kernel(x, w.parts, w.format, jnp.float32, book, tuning)
+            return kernel(x, w.parts, format, jnp.float32, book, tuning)
 
-        return x, bench.distinct(w.format, w.shape), run, n
-    picks = [np.stack([rng.choice(E, k, replace=False) for _ in range(tokens)]).astype(np.int32) for _ in range(8)]
-    share = len(np.unique(picks[0])) / E
-    if op == "swiglu" or (op == "grouped" and w.shape[1] == F):
-        x, ones = jax.random.normal(key, (tokens, D), jnp.bfloat16), jnp.ones((tokens, k), jnp.float32)
-        kernel = experts.swiglu if op == "swiglu" else matrix.grouped_swiglu
+        x = (tokens, *shape[:-2], shape[-1])
+        return product, lambda: (jax.random.normal(key, x, jnp.bfloat16), bench.distinct(format, shape))
+    count = 8 if tokens == 1 else 2
+    picks = [np.stack([rng.choice(E, k, replace=False) for _ in range(tokens)]).astype(np.int32) for _ in range(count)]
+    stacks = lambda n: [bench.random_weight(i, format, shape) for i in jax.random.split(key, n)]  # noqa: E731
+    module = matrix if op == "grouped" else experts
+    if shape[1] == F:
+        kernel = module.swiglu if op == "swiglu" else module.grouped_swiglu
 
-        def run(x, w, tuning):
+        def swiglu(x, w, tuning):
+            ones = jnp.ones((tokens, k), jnp.float32)
             if tuning is None:
                 return quant.expert_swiglu(x.astype(jnp.float32), w[1], w[2], w[0], ones, LIMIT, implementation="xla")
             return kernel(x, stack(w[1]), stack(w[2]), w[0], ones, LIMIT, tuning)
 
-        other = bench.random_weight(jax.random.key(9), w.format, w.shape)
-        return x, [(jnp.asarray(p), w, other) for p in picks], run, 2 * int(n * share)
-    x = jax.random.normal(key, (tokens, k, F), jnp.bfloat16)
-    kernel = experts.down if op == "down" else matrix.grouped_down
+        def make():
+            two = stacks(2)
+            return jax.random.normal(key, (tokens, D), jnp.bfloat16), [(jnp.asarray(p), *two) for p in picks]
 
-    def run(x, w, tuning):
+        return swiglu, make
+    kernel = module.down if op == "down" else module.grouped_down
+
+    def down(x, w, tuning):
         if tuning is None:
             return quant.expert_down(x.astype(jnp.float32), w[1], w[0], implementation="xla")
         return kernel(x, stack(w[1]), w[0], tuning)
 
-    return x, [(jnp.asarray(p), w) for p in picks], run, int(n * share)
+    def make_down():
+        (one,) = stacks(1)
+        return jax.random.normal(key, (tokens, k, F), jnp.bfloat16), [(jnp.asarray(p), one) for p in picks]
+
+    return down, make_down
+
+
+def work(case: Case) -> tuple[int, float]:
+    """Bytes of weights that a case must read, and its multiplications and additions."""
+    op, format, shape, tokens = case
+    matrices = 2 if len(shape) == 3 and shape[1:] == (F, D) and op != "matvec" else 1
+    elements = math.prod(shape) * matrices
+    nbytes = elements * quant.FORMATS[format].bytes // quant.FORMATS[format].block
+    if op in ("matvec", "dense"):
+        return nbytes, 2.0 * elements * tokens
+    return int(nbytes * (1 - (1 - k / E) ** tokens)), 2.0 * elements / E * k * tokens
 
 
 def error(got, want) -> float:
@@ -103,48 +146,96 @@ def error(got, want) -> float:
     return float(np.linalg.norm(got - want) / np.linalg.norm(want))
 
 
-def tune(op: str, format: str, shape: tuple[int, ...], tokens: int, args, bandwidth: float):
-    """Rows of the table: (seconds or None, error, tuning, message), the fastest first."""
-    w = bench.random_weight(jax.random.key(1), format, shape)
-    x, weights, run, nbytes = operation(op, w, tokens)
-    turns = 4 if tokens == 1 else 1
-    want = jax.jit(lambda x, w: run(x, w, None))(x, weights[0])
+def measure(case: Case, jobs: list[tuple[lowering.Tuning | None, Any]], show: int, bandwidth: float):
+    """Print the case's table; {tuning: seconds} of the variants that are right, and whether one was wrong."""
+    run, make = operation(case)
+    x, weights = make()
+    want, ready, rows = None, [], []
+    for t, job in jobs:
+        try:
+            exe = job.result()
+            if t is None:
+                want = exe(x, weights[0])[:CHECKED]
+                continue
+            ready.append((t, exe, error(exe(x, weights[0])[:CHECKED], want)))
+        except Exception as e:  # a variant too large for the device is a row of the table
+            rows.append((math.inf, None, t, f"{type(e).__name__}: {str(e).splitlines()[0][:70]}"))
 
-    def build(t):
-        once = jax.jit(lambda x, w: run(x, w, t))
-        return bench.chained(once, turns).lower(x, weights).compile(), once.lower(x, weights[0]).compile()
+    def all_of_them():
+        for _, exe, _ in ready:
+            for w in weights:
+                y = exe(x, w)
+        return y
 
-    rows, tried = [], variants(op, format, shape[-1], args.quick or CASES[op].index((format, shape, tokens)) > 0)
-    with concurrent.futures.ThreadPoolExecutor(args.threads) as pool:
-        for t, job in [(t, pool.submit(build, t)) for t in tried]:
-            try:
-                chain, once = job.result()
-                wrong = error(once(x, weights[0]), want)
-                s = bench.seconds(lambda: chain(x, weights), 5) / (turns * len(weights))  # noqa: B023
-                rows.append((s, wrong, t, "" if wrong < 6e-3 else "WRONG"))
-            except Exception as e:  # a variant too large for the device is a row of the table
-                rows.append((None, None, t, f"{type(e).__name__}: {str(e).splitlines()[0][:70]}"))
-    rows.sort(key=lambda r: (r[0] is None or r[3] == "WRONG", r[0] or 0))
-    print(f"\n{op} {format} {'×'.join(map(str, shape))}, {tokens} rows: {nbytes / 2**20:.0f} MiB")
-    for s, wrong, t, message in rows[: args.show] + [r for r in rows[args.show :] if r[3]][:3]:
+    times = bench.device_times(all_of_them) if ready else {}
+    mine = [v for name, v in times.items() if any(part in name for part in KERNELS)]
+    if ready and (len(mine) != 1 or len(mine[0]) != len(ready) * len(weights)):
+        raise RuntimeError(f"{case}: {len(ready)}·{len(weights)} runs, but {[len(v) for v in mine]} of kernels")
+    for i, (t, _, wrong) in enumerate(ready):
+        us = statistics.median(mine[0][i * len(weights) : (i + 1) * len(weights)])
+        rows.append((us / 1e6, wrong, t, "" if wrong < 6e-3 else "WRONG"))
+    rows.sort(key=lambda r: (r[3] == "WRONG", r[0]))
+    other = {n: statistics.median(v) * len(v) / max(1, len(mine[0])) for n, v in times.items() if v is not mine[0]}
+    op, format, shape, tokens = case
+    nbytes, flops = work(case)
+    split = other.get("split_activations", 0)
+    print(
+        f"\n{op} {format} {'×'.join(map(str, shape))}, {tokens} tokens: {nbytes / 2**20:.0f} MiB; besides, "
+        f"{sum(other.values()):.1f} µs in {len(other)} kernels, {split:.1f} of it splitting activations"
+    )
+    for s, wrong, t, message in rows[:show] + [r for r in rows[show:] if r[3]][:3]:
         what = f"rows={t.rows} units={t.units} warps={t.warps} stages={t.stages} tokens={t.tokens}"
-        if s is None:
-            print(f"  {'':28} {what}  {message}")
+        if wrong is None:
+            print(f"  {'':42} {what}  {message}")
         else:
-            print(f"  {1e6 * s:8.1f} µs {nbytes / s / 1e9:6.0f} GB/s {nbytes / s / bandwidth:5.0%}  {what}"
-                  f"  error {wrong:.1e} {message}")  # fmt: skip
+            print(f"  {1e6 * s:8.2f} µs {nbytes / s / 1e9:6.0f} GB/s {nbytes / s / bandwidth:5.0%} "
+                  f"{flops / s / 1e12:6.1f} TFLOP/s  {what}  error {wrong:.1e} {message}")  # fmt: skip
     sys.stdout.flush()
-    return rows
+    return {r[2]: r[0] for r in rows if r[1] is not None and r[3] != "WRONG"}, any(r[3] == "WRONG" for r in rows)
+
+
+def choose(cases: dict[Case, dict[lowering.Tuning, float]]) -> lowering.Tuning | None:
+    """The variant that is best for all cases together, each counted by what it loses against its own best."""
+
+    def loss(t):
+        total = 0.0
+        for (op, _, shape, tokens), times in cases.items():
+            mean = max(1, tokens * k // shape[0])
+            cut = max(64, matvec.power_of_two(mean)) if op == "grouped" else t.tokens  # as `tuned.grouped` does
+            here = times.get(dataclasses.replace(t, tokens=min(t.tokens, cut)))
+            if here is None:
+                return math.inf
+            total += here / min(times.values())
+        return total
+
+    found = sorted({t for times in cases.values() for t in times}, key=loss)
+    return found[0] if found and loss(found[0]) < math.inf else None
+
+
+def crossing(best: dict[Case, float], format: str) -> float | None:
+    """Up to how many assignments an expert byte products are faster than tensor cores; None where not both ran."""
+    both = [
+        (tokens * k / E, best["bytes", f, shape, tokens] < best["grouped", f, shape, tokens])
+        for op, f, shape, tokens in best
+        if op == "bytes" and f == format and ("grouped", f, shape, tokens) in best
+    ]
+    if not both:
+        return None
+    yes, no = [m for m, wins in both if wins], [m for m, wins in both if not wins]
+    if not yes:
+        return min(no) / 2
+    above = [m for m in no if m > max(yes)]
+    return round(math.sqrt(max(yes) * min(above)) if above else 1.5 * max(yes), 1)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--ops", default="matvec,swiglu,down,dense,grouped")
+    parser.add_argument("--ops", default="matvec,swiglu,down,bytes,dense,grouped")
     parser.add_argument("--formats", default="")
-    parser.add_argument("--quick", action="store_true", help="a few variants each")
+    parser.add_argument("--quick", action="store_true", help="fewer variants, of the published file's formats")
     parser.add_argument("--out", default=str(tuned.FILE))
-    parser.add_argument("--budget", type=float, default=240, help="seconds; what does not fit is left out")
-    parser.add_argument("--threads", type=int, default=12)
+    parser.add_argument("--budget", type=float, default=600, help="seconds; what does not fit is left out")
+    parser.add_argument("--threads", type=int, default=16)
     parser.add_argument("--show", type=int, default=5, help="rows of each table")
     args = parser.parse_args()
     if reason := lowering.device_reason():
@@ -153,22 +244,48 @@ def main() -> int:
     begin = time.monotonic()
     bandwidth = bench.copy_bandwidth()
     print(f"{lowering.device_kind()}, jax {jax.__version__}: copies move {bandwidth / 1e12:.2f} TB/s")
-    out = Path(args.out)
-    best = json.loads(out.read_text()) if out.exists() else {}
-    here = best.setdefault(lowering.device_kind(), {})
-    wrong = False
-    cases = [(op, *case) for op in args.ops.split(",") for case in CASES[op]]
-    for op, format, shape, tokens in cases:
-        if args.formats and format not in args.formats.split(","):
-            continue
+    cases = [
+        case for case in PUBLISHED + ([] if args.quick else OTHERS)
+        if case[0] in args.ops.split(",") and (not args.formats or case[1] in args.formats.split(","))
+    ]  # fmt: skip
+
+    def build(case, t):
         if time.monotonic() - begin > args.budget:
-            print(f"left out for want of time: {op} {format}")
-            continue
-        rows = tune(op, format, shape, tokens, args, bandwidth)
-        wrong |= any(r[3] == "WRONG" for r in rows)
-        if rows[0][0] is not None and rows[0][3] != "WRONG":
-            here.setdefault(op, {})[f"{format}/{shape[-1]}"] = dataclasses.asdict(rows[0][2])
-            out.write_text(json.dumps(best, indent=1, sort_keys=True) + "\n")
+            raise TimeoutError("no time left to compile it")
+        run, make = operation(case)
+        x, weights = jax.eval_shape(make)
+        return jax.jit(lambda x, w: run(x, w, t)).lower(x, weights[0]).compile()
+
+    measured: dict[Case, dict[lowering.Tuning, float]] = {}
+    wrong = False
+    with concurrent.futures.ThreadPoolExecutor(args.threads) as pool:
+        jobs = [
+            (case, [(t, pool.submit(build, case, t)) for t in [None, *variants(case, args.quick)]]) for case in cases
+        ]
+        for case, its in jobs:
+            if time.monotonic() - begin > args.budget:
+                print(f"left out for want of time: {case[0]} {case[1]}, {case[3]} tokens")
+                continue
+            measured[case], bad = measure(case, its, args.show, bandwidth)
+            wrong |= bad
+    out = Path(args.out)
+    file = json.loads(out.read_text()) if out.exists() else {}
+    here = file.setdefault(lowering.device_kind(), {})
+    keys: dict[tuple[str, str], dict[Case, dict[lowering.Tuning, float]]] = {}
+    for case, times in measured.items():
+        op, format, shape, tokens = case
+        rows = math.prod(shape[:-1]) if op == "matvec" else shape[-2]
+        if times and not (op == "grouped" and tokens < 2048):  # those are there for the comparison
+            keys.setdefault((op, f"{format}/{rows}x{shape[-1]}"), {})[case] = times
+    for (op, name), its in keys.items():
+        if (t := choose(its)) is not None:
+            here.setdefault(op, {})[name] = dataclasses.asdict(t)
+    best = {case: min(times.values()) for case, times in measured.items() if times}
+    for format in sorted({case[1] for case in best}):
+        if (mean := crossing(best, format)) is not None:
+            here.setdefault("bytes_up_to", {})[format] = mean
+            print(f"{format}: byte products up to {mean} assignments an expert")
+    out.write_text(json.dumps(file, indent=1, sort_keys=True) + "\n")
     print(f"\n{time.monotonic() - begin:.0f} s; written to {out}")
     return int(wrong)
 

@@ -67,16 +67,17 @@ def device_times(fn: Callable[[], Any]) -> dict[str, list[float]]:
 
 
 def kernel_times(profile: Any) -> dict[str, list[float]]:
-    """{kernel name: microseconds of each run}: events on the streams of a profile's GPUs (`jax.profiler.ProfileData`,
-    an XSpace)."""
+    """{kernel name: microseconds of each run, in order}: events on the streams of the GPUs of a profile
+    (`jax.profiler.ProfileData`)."""
+    events = [
+        (event.start_ns, event.name, event.duration_ns / 1e3)
+        for plane in profile.planes if "GPU" in plane.name
+        for line in plane.lines if line.name.startswith("Stream")
+        for event in line.events
+    ]  # fmt: skip
     times: dict[str, list[float]] = {}
-    for plane in profile.planes:
-        if "GPU" not in plane.name:
-            continue
-        for line in plane.lines:
-            if line.name.startswith("Stream"):
-                for event in line.events:
-                    times.setdefault(event.name, []).append(event.duration_ns / 1e3)
+    for _, name, us in sorted(events):
+        times.setdefault(name, []).append(us)
     return times
 
 
