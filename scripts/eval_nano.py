@@ -130,6 +130,18 @@ def by_distance(results: list[tuple[int, bool]]) -> dict[str, dict[str, float]]:
     return out | {"all": {"recall": sum(hits) / max(1, len(hits)), "answers": len(hits)}}
 
 
+def runnable(path: Path, arrays: dict[str, jax.Array], length: int, args) -> ds4jax.LM:
+    """The model with room for `length` tokens; with --plain its weights dequantized once, not tile by tile.
+
+    Plain weights give the same scores, and all files of one config share their compiled programs.
+    """
+    lm = ds4jax.load(path, context=length, dtype=args.dtype, verbose=False)
+    if args.plain:
+        graphdef, state = runtime.build_model(lm.config, arrays, dtype=lm.platform.dtype)
+        lm = ds4jax.LM(lm.config, graphdef, state, lm.tokenizer, platform=lm.platform, context=length)
+    return lm
+
+
 def tasks_scores(
     path: Path, judge: Judge, heldout: dict, tokenizer: Tokenizer, args, say: Callable[[str], None]
 ) -> dict:
@@ -138,7 +150,7 @@ def tasks_scores(
     out: dict[str, Any] = {}
     drafts = {"tasks": np.zeros(2, np.int64), "prose": np.zeros(2, np.int64)}
     for length in sorted({exam.PARTS[name].length for name in args.only}):
-        lm = ds4jax.load(path, context=length, dtype=args.dtype, verbose=False)
+        lm = runnable(path, judge.arrays, length, args)
         for name in (n for n in args.only if exam.PARTS[n].length == length):
             begun = time.monotonic()
             sheet = exam.sit(lm, name, args.items, args.seed, prose)
@@ -253,6 +265,7 @@ def main() -> None:
     add("--parts", nargs="+", choices=PARTS, default=PARTS)
     add("--items", type=int, default=500, help="held-out items of each task")
     add("--only", nargs="+", choices=list(exam.PARTS), default=list(exam.PARTS), help="tasks' parts")
+    add("--plain", action="store_true", help="tasks with weights dequantized once: one compilation for all files")
     add("--drafts", type=int, default=64, help="replies of each task whose MTP drafts are judged")
     add("--seed", type=int, default=0)
     add("--keep", action="store_true", help="leave out what --out already holds")

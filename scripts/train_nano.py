@@ -423,9 +423,10 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     # compile everything while the data are made and the first phase runs
     state_shapes = jax.eval_shape(lambda: fresh_state(nets[False], opt, args))
     knobs_shape = jax.ShapeDtypeStruct((3,), jnp.float32)
-    pool = concurrent.futures.ThreadPoolExecutor(4)
+    pool = concurrent.futures.ThreadPoolExecutor(6)
     programs = {}
-    for phase in phases:
+
+    def compile_phase(phase: Phase) -> None:
         for T in phase.lengths:
             if (T, phase.dense) not in programs:
                 chunk_shape = jax.ShapeDtypeStruct((args.dispatch * batch(T, args), T + 2), jnp.uint16)
@@ -434,6 +435,8 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
                     knobs_shape,
                 )  # fmt: skip
                 time.sleep(0.2)  # traced in this order
+
+    compile_phase(phases[0])
     eval_programs = {}
     for long in (False, True):
         if long and lengths[-1] < args.eval_long:
@@ -444,6 +447,8 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
             state_shapes["ids"], state_shapes["delta"], jax.ShapeDtypeStruct(rows, jnp.int32),
             jax.ShapeDtypeStruct(rows, jnp.bool_),
         )  # fmt: skip
+    for phase in phases[1:]:
+        compile_phase(phase)
     # input statistics of the experts, on windows of training text
     T_stats = lengths[0]
     B_stats = max(1, min(16, batch(T_stats, args)))
@@ -548,6 +553,9 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         if args.checkpoints:
             save_checkpoint(work / "checkpoint", state, before + elapsed() - begin, chunks.position())
 
+    if args.init and not step:
+        result = evaluate_now()  # what it begins with
+        last_eval = elapsed()
     say("training")
     stop = args.leave_after * 60 if args.leave_after else math.inf
     while progress() < 1.0 and elapsed() < stop:

@@ -38,7 +38,7 @@ SHARES = {
     "story": 5, "dialogue": 0.7, "lists": 1, "copy": 1, "needle": 3, "smalltalk": 1, "chat_story": 3,
     "sums": 12, "dates": 5, "recall": 12, "register": 6, "tools": 10,
 }  # fmt: skip
-LONG_SHARES = {"needle": 8, "recall": 40, "copy": 2, "story": 2}
+LONG_SHARES = {"prose": 14, "docs": 10, "needle": 6, "recall": 50, "copy": 2, "story": 2}
 """Shares of tokens; of windows above LONG tokens other ones for some groups, those that need the length."""
 LONG = 2048
 PARAGRAPHS = 150  # documents of prose whose paragraphs fill recall documents

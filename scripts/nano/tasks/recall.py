@@ -112,7 +112,8 @@ def make(
     far: the first question's fact, or the register, lies in the first 1 - `far` of the text. prose: paragraphs to fill
     with besides descriptions. split: whose side the facts must be on; checked before the text is made.
     """
-    tokens = tokens or int(64 * (longest / 64) ** rng.random())
+    if not tokens:  # a third of the texts are long ones for their windows
+        tokens = rng.randint(longest // 2, longest) if rng.random() < 0.35 else int(64 * (longest / 64) ** rng.random())
     far = rng.choice((0.0, 0.5, 0.65, 0.8)) if far is None else far
     questions = questions or rng.randint(1, max(1, min(8, tokens // 120)))
     register = rng.random() < 0.45
