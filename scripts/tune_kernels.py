@@ -76,7 +76,7 @@ def variants(case: Case, quick: bool) -> list[lowering.Tuning]:
     most = max(32, matvec.power_of_two(shape[-1] // unit))
     threads = [(32 * w, w) for w in (1, 2, 4) if 32 * w <= most]
     if op == "bytes":
-        sums = ((4, 2), (4, 4), (8, 2), (8, 4)) if quick else itertools.product((1, 2, 4, 8), (2, 4, 8))
+        sums = ((4, 2), (4, 4), (8, 2)) if quick else itertools.product((1, 2, 4, 8), (2, 4, 8))
         both = itertools.product(sums, threads[: 1 if quick else 2])
         return [T(r, u, w, 2, m) for (r, m), (u, w) in both if r * m <= 32]
     rows = ((1, 2, 4) if op == "matvec" else (2, 4, 8)) if quick else (1, 2, 4, 8)
