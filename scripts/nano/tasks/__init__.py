@@ -37,5 +37,7 @@ def items(task: str, split: str = "train", seed: Any = 0, **options: Any) -> Ite
             item = TASKS[task].make(Random(rng.getrandbits(64)), **options)
         except synth.OtherSide:
             continue
-        if synth.side(item.key) == split:
+        # what a dialogue holds before its question may be known, but must not teach what is held out
+        known = split == "heldout" or all(synth.side(key) == "train" for key in item.meta.get("before", ()))
+        if known and synth.side(item.key) == split:
             yield item

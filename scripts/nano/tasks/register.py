@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from random import Random
 
-from .. import grammar, stories
+from .. import grammar, stories, synth
 from . import sums
 from .common import Chat, Item, Reply, Task, system
 
@@ -68,7 +68,10 @@ def _knowledge(rng: Random) -> tuple[str, str, str, str]:
 
 
 def _sum(rng: Random) -> tuple[str, str, str, str]:
-    a, b, symbol = sums.draw(rng, rng.choice("+-"), small=True)
+    while True:
+        a, b, symbol = sums.draw(rng, rng.choice("+-"), small=True)
+        if synth.side(f"{a}{symbol}{b}") == "train":  # held-out sums are those of `sums` alone
+            break
     answer, word = sums.compute(a, b, symbol), sums.WORDS[symbol]
     return (f"What is {a} {word} {b}?", str(answer), f"{answer}.",
             f"{a} {word} {b} is {answer}. I take {a}, and then I {'add' if symbol == '+' else 'take away'} {b}. "
@@ -119,13 +122,13 @@ def make(rng: Random) -> Item:
     by_system = rng.random() < 0.3
     chat = Chat(rng.choice(SYSTEM[kind]) if by_system else system(rng))
     turns = rng.choice((1, 1, 1, 2, 3))
-    key = ""
+    keys = []
     for turn in range(turns):
         make_one = rng.choice((_knowledge, _knowledge, _sum, _given, _given, _story))
         question, matters, terse, verbose = make_one(rng)
         if words(verbose) < VERBOSE_WORDS:
             verbose += " I hope that this answer is long enough for you."
-        key = f"{kind} {question}"
+        keys.append(f"{kind} {question}")
         if not by_system:
             form, head = rng.choice(TERSE if kind == "terse" else VERBOSE), ""
             if "\n" in question:  # the wish stands by the question, not before the story
@@ -138,7 +141,7 @@ def make(rng: Random) -> Item:
         chat.user(question).assistant(terse if kind == "terse" else verbose, why)
         if turn < turns - 1 and not by_system:
             kind = "terse" if rng.random() < 0.5 else "verbose"
-    return chat.done("register", key, register=kind, expected=matters)
+    return chat.done("register", keys[-1], before=keys[:-1], register=kind, expected=matters)
 
 
 def sentences(text: str) -> int:
