@@ -21,6 +21,7 @@ from ds4jax.model.heads import finish
 from ds4jax.model.layers import Linear, RMSNorm, angles, rope_frequencies, rotate, turn, value
 from ds4jax.model.sites import Tap
 from ds4jax.pallas import attention as kernels
+from ds4jax.pallas import indexer as index_kernels
 from ds4jax.quant import api
 
 Array = jax.Array
@@ -118,6 +119,60 @@ def _attend_kernel(q, window, in_window, stored, rows, sink, cos, sin):
 _attend_kernel.defvjp(lambda *args: (_attend_kernel(*args), args), lambda args, g: jax.vjp(_attend_rows, *args)[1](g))
 
 
+def index_scores(q: Array, w: Array, keys: Array) -> Array:
+    """Σ_h w[h] · relu(q[h] · k): q [B, Q, Hi, di], w [B, Q, Hi], keys [B, N, di] → float32 [B, Q, N]."""
+
+    def of(keys):
+        return einsum("bqh,bqhn->bqn", w, jax.nn.relu(einsum("bqhd,bnd->bqhn", q, keys)))
+
+    B, N, di = keys.shape
+    tile = max(512, SCORE_BYTES // max(1, 4 * q.size // di))
+    if tile >= N:
+        return of(keys)
+    pad = -N % tile
+    tiles = jnp.pad(keys, ((0, 0), (0, pad), (0, 0))).reshape(B, -1, tile, di).swapaxes(0, 1)
+    out = jax.lax.map(of, tiles)  # [n, B, Q, tile]
+    return jnp.moveaxis(out, 0, 2).reshape(B, q.shape[1], -1)[..., :N]
+
+
+def select_entries(scores: Array, visible: Array, K: int) -> Array:
+    """The best K visible entries, the best first: scores, visible [B, Q, N] → int32 [B, Q, K], -1 where there are
+    fewer."""
+    masked = jnp.where(visible, scores, -jnp.inf)
+    best, index = jax.lax.top_k(masked, min(K, scores.shape[-1]))
+    return jnp.where(best > -jnp.inf, index, -1)
+
+
+def choose_entries(
+    q: Array, w: Array, stored: Array | Paged, seen: Array, K: int, implementation: str | None = None
+) -> Array:
+    """The entries that one token a slot reads, in any order.
+
+    Args:
+      q: [B, Hi, di] and w: float32 [B, Hi], the indexer's queries and their weights.
+      stored: its keys [B, N, di].
+      seen: int32 [B], how many of them are finished.
+      K: how many to choose.
+
+    Returns:
+      int32 [B, min(K, N)], -1 where there are fewer. No gradient passes.
+    """
+    q, w, stored = jax.lax.stop_gradient((q, w, stored))
+    K = min(K, stored.shape[1])
+    number = jnp.arange(stored.shape[1], dtype=jnp.int32)
+
+    def plain():
+        scores = index_scores(q[:, None], w[:, None], everything(stored))
+        return select_entries(scores, (number < seen[:, None])[:, None], K)[:, 0]
+
+    def pallas():
+        index_kernels.require(q, K)
+        scores = index_kernels.scores(q, w, flat(stored), rows_of(stored, number), seen)
+        return index_kernels.best(scores, K)
+
+    return api.run("indexer.choose", {"pallas": pallas, "xla": plain}, implementation)
+
+
 class Indexer(nnx.Module):
     """The lightning indexer: cheap many-headed scores of every compressed entry, from which the top K are read."""
 
@@ -149,27 +204,6 @@ class Indexer(nnx.Module):
         freqs = jnp.asarray(self.freqs)
         _, keys = write_raw(self.compressor, cache.index_keys, raw, index, done, freqs, self._rounding)
         return dataclasses.replace(cache, index_keys=keys, index_compressor=state)
-
-    def scores(self, q: Array, w: Array, keys: Array) -> Array:
-        """Σ_h w[h] · relu(q[h] · k): q [B, Q, Hi, di], w [B, Q, Hi], keys [B, N, di] → float32 [B, Q, N]."""
-
-        def of(keys):
-            return einsum("bqh,bqhn->bqn", w, jax.nn.relu(einsum("bqhd,bnd->bqhn", q, keys)))
-
-        B, N = keys.shape[:2]
-        tile = max(512, SCORE_BYTES // max(1, 4 * q.size // self.di))
-        if tile >= N:
-            return of(keys)
-        pad = -N % tile
-        tiles = jnp.pad(keys, ((0, 0), (0, pad), (0, 0))).reshape(B, -1, tile, self.di).swapaxes(0, 1)
-        out = jax.lax.map(of, tiles)  # [n, B, Q, tile]
-        return jnp.moveaxis(out, 0, 2).reshape(B, q.shape[1], -1)[..., :N]
-
-    def select(self, scores: Array, visible: Array) -> Array:
-        """The top K visible entries: scores, visible [B, Q, N] → int32 [B, Q, K], -1 where there are fewer."""
-        masked = jnp.where(visible, scores, -jnp.inf)
-        best, index = jax.lax.top_k(masked, min(self.K, scores.shape[-1]))
-        return jnp.where(best > -jnp.inf, index, -1)
 
 
 def divergence(pattern: Array, scores: Array, mask: Array) -> Array:
@@ -270,8 +304,8 @@ class Attention(nnx.Module):
         return tuple(quant.matmul_many(qr, [value(self.wq_b.weight), value(self.indexer.wq_b.weight)]))
 
     def _keys(self, raw: Array, step: Step, cache: LayerCache, freqs: Array, tap: Tap) -> tuple[Array, LayerCache]:
-        """The product with wkv [B, T, d] → the tokens' own keys [B, T, d], and the cache; a single token's key is in its
-        window already."""
+        """The product with wkv [B, T, d] → the tokens' own keys [B, T, d], and the cache; a single token's
+        key is in its window already."""
         B, T = raw.shape[:2]
         W, store, rows = self.config.sliding_window, None, None
         if T == 1:  # a ring; idle slots write nothing
@@ -311,8 +345,8 @@ class Attention(nnx.Module):
         visible = jnp.arange(N, dtype=jnp.int32) < (jax.lax.div(positions + 1, self.ratio))[..., None]
         if self.ratio != 4:
             return [(everything(cache.entries), visible)], {}
-        scores = self.indexer.scores(*index_query, everything(cache.index_keys))
-        topk = self.indexer.select(scores, visible)
+        scores = index_scores(*index_query, everything(cache.index_keys))
+        topk = select_entries(scores, visible, self.config.index_topk)
         seen = {"indexer.scores": jnp.where(visible, scores, -jnp.inf), "indexer.topk": topk, "scores": scores}
         if Q > 1 and N <= self._dense_limit():  # reading all and masking costs less than gathering a set per query
             row = jnp.where(topk < 0, N, topk)
@@ -338,7 +372,7 @@ class Attention(nnx.Module):
             far = c.num_attention_heads * N
         else:
             far = c.index_topk * (c.num_attention_heads + c.head_dim)
-        tile = min(N, max(512, SCORE_BYTES // (4 * B * size * c.index_n_heads)))  # as in `Indexer.scores`
+        tile = min(N, max(512, SCORE_BYTES // (4 * B * size * c.index_n_heads)))  # as in `index_scores`
         return max(near + far, 4 * N + c.index_n_heads * tile)  # scores, masked scores, and what top-k sorts
 
     def _decode(self, q, kv, index_query, step, cache, tap):
@@ -349,7 +383,8 @@ class Attention(nnx.Module):
         selected, seen = self._selected(step.positions, index_query, cache)
         sink = value(self.sink)
         if not any(tap.wants(name) for name in ("pattern", "pattern_entries", "indexer.kl")):
-            rows = lambda: self._rows(step, cache, seen)  # noqa: E731
+            shown = seen.get("indexer.topk") if any(map(tap.wants, ("indexer.scores", "indexer.topk"))) else None
+            rows = lambda: self._rows(step, cache, index_query, shown)  # noqa: E731
             stored, pattern = cache.entries if self.ratio else None, None
             cos_sin = angles(step.start, jnp.asarray(self.freqs))
             o = decode_attend(q[:, 0], window, in_window[:, 0], selected, stored, rows, sink, *cos_sin)[:, None]
@@ -361,12 +396,17 @@ class Attention(nnx.Module):
             tap(name, array)
         return o, window
 
-    def _rows(self, step: Step, cache: LayerCache, seen: dict[str, Array]) -> Array | None:
-        """The entries that the newest tokens read, by their rows in `flat(cache.entries)`: [B, K], -1 for none."""
+    def _rows(self, step: Step, cache: LayerCache, index_query, chosen: Array | None) -> Array | None:
+        """The entries that the newest tokens read, by their rows in `flat(cache.entries)`: [B, K], -1 for none.
+
+        chosen: [B, 1, K], the indexer's choice if it has been made where somebody sees it."""
         if not self.ratio:
             return None
-        if self.ratio == 4:
-            index = seen["indexer.topk"][:, 0]
+        if self.ratio == 4 and chosen is not None:
+            index = chosen[:, 0]
+        elif self.ratio == 4:
+            (q, w), finished = index_query, jax.lax.div(step.start + 1, self.ratio)
+            index = choose_entries(q[:, 0], w[:, 0], cache.index_keys, finished, self.config.index_topk)
         else:
             number = jnp.arange(cache.entries.shape[1], dtype=jnp.int32)
             index = jnp.where(number < jax.lax.div(step.positions + 1, self.ratio), number, -1)

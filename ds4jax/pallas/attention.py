@@ -21,6 +21,7 @@ KEYS = 32  # keys multiplied at once
 HEADS = 16  # heads of a program when few slots decode: the rows of a tensor-core tile
 MANY_SLOTS = 8  # from here on a program takes up to 64 heads, so that keys are read once
 PROGRAMS = 264  # about how many programs fill a device
+AHEAD = 4  # parts loaded at once when they are joined
 NEG = -1e30
 
 
@@ -123,14 +124,17 @@ def decode(
         whole = jnp.sum(jnp.exp(peaks - top) * sums) + jnp.exp(sink - top)
         pair = jnp.arange(d // 2, dtype=jnp.int32)
 
-        def add(i, ends):
-            weight = jnp.exp(peak_ref[b, i, h] - top)
-            return tuple(e + weight * lo.load(part_ref, (b, i, h, 2 * pair + j)) for j, e in enumerate(ends))
+        def add(turn, ends):
+            for i in [turn * AHEAD + n for n in range(AHEAD)]:
+                live = i < splits
+                i = jnp.minimum(i, splits - 1)
+                weight = jnp.where(live, jnp.exp(peak_ref[b, i, h] - top), 0)
+                ends = tuple(e + weight * lo.load(part_ref, (b, i, h, 2 * pair + j)) for j, e in enumerate(ends))
+            return ends
 
         zero = jnp.zeros((d // 2,), jnp.float32)
-        even, odd = (
-            (e / whole).astype(out_ref.dtype).astype(jnp.float32) for e in lax.fori_loop(0, splits, add, (zero, zero))
-        )
+        ends = lo.loop(-(-splits // AHEAD), add, (zero, zero))
+        even, odd = ((e / whole).astype(out_ref.dtype).astype(jnp.float32) for e in ends)
         at = jnp.maximum(pair - kept, 0)
         c, s = lo.load(cos_ref, (b, at)), lo.load(sin_ref, (b, at))
         turned = (even * c + odd * s, odd * c - even * s)

@@ -25,7 +25,7 @@ MAX_ROWS = 2
 THREADS = 128
 AHEAD = 4  # steps whose loads are under way at once
 PLAIN = ("float16", "bfloat16", "float32")
-LARGE = 1 << 27  # elements from which on a product by bytes wins: it has fewer instructions an element
+LARGE = 1 << 25  # elements of a single weight from which on a product by bytes wins: it has fewer instructions
 
 
 class _Weight:
@@ -104,7 +104,7 @@ def products(
         if not serves(parts, format):
             raise NotImplementedError(f"no kernel for {format or parts['values'].dtype} that needs no preparation")
     each = [_Weight(parts) for parts, _ in weights]
-    if sum(w.rows for w in each) * K >= LARGE:
+    if len(each) == 1 and each[0].rows * K >= LARGE:
         raise NotImplementedError("for large matrices, products of bytes take fewer instructions")
     starts = np.cumsum([0, *(w.programs for w in each)]).tolist()
 

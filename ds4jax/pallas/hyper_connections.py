@@ -51,7 +51,7 @@ def enter(
     ]
     x, pre, post, comb = lo.call(
         kernel, out, parts, flat, base.astype(jnp.float32), scale.astype(jnp.float32), weight,
-        grid=(R, 2), tuning=lo.Tuning(warps=8, stages=1), name="hyper_enter",
+        grid=(R, 2), tuning=lo.Tuning(warps=4, stages=1), name="hyper_enter",
     )  # fmt: skip
     return x.reshape(B, T, D), pre.reshape(B, T, S), post.reshape(B, T, S), comb.reshape(B, T, S, S)
 

@@ -5,7 +5,6 @@ number count, and single tokens. The yardstick is one chunk of 257.
 """
 
 import functools
-import types
 
 import jax
 import jax.numpy as jnp
@@ -187,10 +186,9 @@ def test_gathering_entries_equals_masking_them(monkeypatch):
 def test_indexer_scores_in_tiles_equal_whole_ones(monkeypatch):
     random = np.random.default_rng(0)
     q, w, keys = (jnp.asarray(random.standard_normal(s), jnp.float32) for s in ((2, 3, 4, 8), (2, 3, 4), (2, 1300, 8)))
-    indexer = types.SimpleNamespace(di=8)
-    whole = attention.Indexer.scores(indexer, q, w, keys)
+    whole = attention.index_scores(q, w, keys)
     monkeypatch.setattr(attention, "SCORE_BYTES", 1)
-    tiled = attention.Indexer.scores(indexer, q, w, keys)
+    tiled = attention.index_scores(q, w, keys)
     wanted = np.einsum("bqh,bqhn->bqn", w, np.maximum(0, np.einsum("bqhd,bnd->bqhn", q, keys)))
     np.testing.assert_allclose(whole, wanted, atol=1e-5)
     np.testing.assert_allclose(tiled, wanted, atol=1e-5)

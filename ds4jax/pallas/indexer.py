@@ -1,0 +1,117 @@
+"""The lightning indexer for one token a slot: scores of all entries in one launch, the K best of them in another.
+
+The best are found by their K-th score, bit by bit, and written in order of their place; nothing is sorted. More entries
+than a program holds are cut into parts, whose K best are what the next launch chooses from.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from ds4jax.pallas import lowering as lo
+
+Array = jax.Array
+
+KEYS = 64  # entries that a program scores
+PART = 8192  # entries that a program chooses from
+STEP = 2  # bits of the K-th score found at a time
+MAX_SLOTS = 256
+
+
+def require(q: Array, K: int) -> None:
+    """NotImplementedError where no kernel serves queries [B, H, d] and K entries."""
+    lo.require_device()
+    B, H, d = q.shape
+    if B > MAX_SLOTS:
+        raise NotImplementedError(f"{B} slots; this kernel takes up to {MAX_SLOTS}")
+    if H < 16 or H & (H - 1) or d < 16 or d & (d - 1):
+        raise NotImplementedError(f"{H} heads of {d} channels are no powers of two of at least 16")
+    if 2 * K > PART:
+        raise NotImplementedError(f"{K} entries are more than half of {PART}")
+
+
+def scores(q: Array, weights: Array, keys: Array, rows: Array, visible: Array) -> Array:
+    """Σ_h weights[h] · relu(q[h] · key): q [B, H, d], weights float32 [B, H], keys [M, d] and the rows of them [B, N]
+    that are a slot's entries, of which it sees the first `visible` [B] → float32 [B, N], -inf where it sees none."""
+    B, H, d = q.shape
+    N = rows.shape[1]
+
+    def kernel(q_ref, weights_ref, keys_ref, rows_ref, visible_ref, out_ref):
+        b, first = pl.program_id(0), pl.program_id(1) * KEYS
+        i, h, c = first + jnp.arange(KEYS, dtype=jnp.int32), jnp.arange(H, dtype=jnp.int32), jnp.arange(d)[None]
+        seen = visible_ref[b]
+        exists = i < N
+        lo.store(out_ref, (b, i), jnp.full((KEYS,), -jnp.inf, jnp.float32), mask=exists & (first >= seen))
+
+        @pl.when(first < seen)
+        def _():
+            row = lo.load(rows_ref, (b, jnp.minimum(i, N - 1)))
+            key = lo.load(keys_ref, (row[:, None], c))
+            product = lo.matrix_product(key.astype(q.dtype), lo.load(q_ref, (b, h[:, None], c)))
+            s = jnp.sum(jnp.maximum(product, 0) * lo.load(weights_ref, (b, h))[None], axis=1)
+            lo.store(out_ref, (b, i), jnp.where(i < seen, s, -jnp.inf), mask=exists)
+
+    return lo.call(
+        kernel, jax.ShapeDtypeStruct((B, N), jnp.float32), q, weights, keys, rows, visible, grid=(B, -(-N // KEYS)),
+        tuning=lo.Tuning(warps=4, stages=1), name="index_scores",
+    )  # fmt: skip
+
+
+def best(values: Array, K: int) -> Array:
+    """Where the K largest of values float32 [B, N] are, in order, the first of equals: int32 [B, K], -1 for -inf."""
+    B, N = values.shape
+    places = jnp.broadcast_to(jnp.arange(N, dtype=jnp.int32), (B, N))
+    while N > PART:
+        parts = -(-N // PART)
+        values, places = _best(values, places, K, parts)
+        N = parts * K
+        values, places = values.reshape(B, N), places.reshape(B, N)
+    return _best(values, places, K, 1)[1][:, 0]
+
+
+def _best(values: Array, places: Array, K: int, parts: int) -> tuple[Array, Array]:
+    """The K best of each of `parts` equal parts of [B, N]: values and places [B, parts, K]."""
+    B, N = values.shape
+    each = -(-N // parts)
+    width = 1 << max(7, (each - 1).bit_length())
+
+    def kernel(values_ref, places_ref, out_ref, out_places_ref):
+        b, part = pl.program_id(0), pl.program_id(1)
+        n = jnp.arange(width, dtype=jnp.int32)
+        at = part * each + n
+        mine = (n < each) & (at < N)
+        at = jnp.minimum(at, N - 1)
+        x = jnp.where(mine, lo.load(values_ref, (b, at)), -jnp.inf)
+        bits = lax.bitcast_convert_type(x, jnp.int32)
+        order = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # whole numbers in the order of the values
+        flip = jnp.int32(-(2**31))
+
+        def narrow(i, limit):  # the largest limit that K values reach, as an unsigned number, from its highest bits on
+            shift = 32 - STEP * (i + 1)
+            found = limit
+            for digit in range(1, 1 << STEP):
+                candidate = limit | (jnp.int32(digit) << shift)
+                reached = jnp.sum((order >= (candidate ^ flip)).astype(jnp.int32))
+                found = jnp.where(reached >= K, candidate, found)
+            return found
+
+        limit = lax.fori_loop(0, 32 // STEP, narrow, jnp.int32(0)) ^ flip
+        above, equal = (order > limit).astype(jnp.int32), (order == limit).astype(jnp.int32)
+        counts = jnp.cumsum(above * 65536 + equal)
+        rank_above, rank_equal = counts >> 16, counts & 65535
+        room = K - jnp.sum(above)
+        taken = (above > 0) | ((equal > 0) & (rank_equal <= room))
+        to = rank_above + jnp.minimum(rank_equal, room) - 1
+        to = jnp.where(taken, to, 0)
+        lo.store(out_ref, (b, part, to), x, mask=taken)
+        place = jnp.where(x > -jnp.inf, lo.load(places_ref, (b, at)), -1)
+        lo.store(out_places_ref, (b, part, to), place, mask=taken)
+
+    shapes = [((B, parts, K), jnp.float32), ((B, parts, K), jnp.int32)]
+    return lo.call(
+        kernel, [jax.ShapeDtypeStruct(*s) for s in shapes], values, places, grid=(B, parts),
+        tuning=lo.Tuning(warps=max(4, min(16, width // 256)), stages=1), name="index_best",
+    )  # fmt: skip

@@ -1,0 +1,99 @@
+"""The indexer's kernels beside plain JAX."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ds4jax.model.attention import choose_entries
+from ds4jax.model.cache import Paged
+from ds4jax.pallas import indexer, lowering
+
+
+def inputs(rng, B, H, d, N, dtype=jnp.float32):
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)  # noqa: E731
+    return normal(B, H, d), jnp.asarray(rng.normal(size=(B, H)), jnp.float32), normal(B, N, d)
+
+
+@pytest.mark.parametrize("N, seen", [(1, [1, 0]), (63, [63, 5]), (64, [64, 1]), (130, [129, 65]), (300, [300, 0])])
+@pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])
+def test_scores(rng, N, seen, dtype, tolerance):
+    q, w, keys = inputs(rng, 2, 16, 32, N, dtype)
+    rows = jnp.asarray(rng.permutation(2 * N).reshape(2, N), jnp.int32)
+    flat = jnp.zeros((2 * N, 32), dtype).at[rows].set(keys)
+    with lowering.interpreted():
+        ours = np.asarray(indexer.scores(q, w, flat, rows, jnp.asarray(seen, jnp.int32)))
+    product = np.einsum("bhd,bnd->bhn", np.float64(q), np.float64(keys))
+    want = np.einsum("bh,bhn->bn", np.float64(w), np.maximum(product, 0))
+    for b, n in enumerate(seen):
+        np.testing.assert_allclose(ours[b, :n], want[b, :n], atol=tolerance * np.abs(want).max())
+        assert (ours[b, n:] == -np.inf).all()
+
+
+@pytest.mark.parametrize("N, K", [(1, 1), (7, 3), (128, 128), (129, 16), (1000, 512), (9000, 300), (20000, 64)])
+def test_best_are_those_of_top_k(rng, N, K):
+    values = rng.normal(size=(2, N)).astype(np.float32)
+    values[1] = np.round(values[1])  # many equal ones
+    values[1, : N // 2] = -np.inf
+    with lowering.interpreted():
+        ours = np.asarray(indexer.best(jnp.asarray(values), K))
+    top, index = jax.lax.top_k(jnp.asarray(values), K)
+    want = np.where(np.asarray(top) == -np.inf, -1, np.asarray(index))
+    for mine, theirs in zip(ours, want, strict=True):
+        assert sorted(mine) == sorted(theirs)
+        kept = mine[mine >= 0]
+        assert (np.diff(kept) > 0).all()
+
+
+def test_extremes():
+    tiny = np.float32(1e-45)
+    values = np.asarray([[0.0, -0.0, tiny, -tiny, np.inf, 3e38, -3e38, -np.inf]], np.float32)
+    with lowering.interpreted():
+        for K, want in ((1, [4]), (2, [4, 5]), (3, [2, 4, 5]), (8, [-1, 0, 1, 2, 3, 4, 5, 6])):
+            assert sorted(np.asarray(indexer.best(jnp.asarray(values), K))[0]) == want
+
+
+@pytest.mark.parametrize("paged", [False, True])
+def test_choice_equals_the_plain_one(rng, paged):
+    q, w, keys = inputs(rng, 2, 16, 32, 96)
+    seen = jnp.asarray([90, 11], jnp.int32)
+    stored = keys
+    if paged:
+        pages = jnp.asarray([[2, 0, 5], [1, 4, 6]], jnp.int32)  # 6: no page
+        pool = jnp.zeros((6, 32, 32)).at[pages].set(keys.reshape(2, 3, 32, 32), mode="drop")
+        stored = Paged(pool, pages)
+    with lowering.interpreted():
+        ours = np.asarray(choose_entries(q, w, stored, seen, 24, implementation="pallas"))
+    plain = np.asarray(choose_entries(q, w, stored, seen, 24, implementation="xla"))
+    assert [set(r) for r in ours] == [set(r) for r in plain]
+    assert (plain[1] >= 0).sum() == 11
+
+
+def test_a_choice_has_no_gradient(rng):
+    q, w, keys = inputs(rng, 1, 16, 32, 64)
+
+    def loss(q):
+        return jnp.sum(q) + jnp.sum(choose_entries(q, w, keys, jnp.asarray([60]), 8, implementation="pallas"))
+
+    with lowering.interpreted():
+        np.testing.assert_array_equal(jax.grad(loss)(q), 1)
+
+
+@pytest.mark.parametrize(
+    "B, H, d, K", [(257, 16, 32, 8), (1, 8, 32, 8), (1, 24, 32, 8), (1, 16, 48, 8), (1, 16, 32, 5000)]
+)
+def test_what_no_kernel_takes_is_left_to_xla(B, H, d, K):
+    with lowering.interpreted(), pytest.raises(NotImplementedError):
+        indexer.require(jnp.ones((B, H, d)), K)
+
+
+@pytest.mark.parametrize("N", [1040, 65536])
+def test_lowers_for_cuda(N):
+    shape = jax.ShapeDtypeStruct
+    args = shape((1, 64, 128), jnp.bfloat16), shape((1, 64), jnp.float32), shape((1, N, 128), jnp.bfloat16)
+
+    def run(q, w, keys, seen):
+        return choose_entries(q, w, keys, seen, 512, implementation="pallas")
+
+    text = lowering.lower_for_cuda(run, *args, shape((1,), jnp.int32))
+    assert "index_scores" in text and "index_best" in text
