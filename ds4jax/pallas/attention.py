@@ -22,6 +22,7 @@ HEADS = 16  # heads of a program when few slots decode: the rows of a tensor-cor
 MANY_SLOTS = 8  # from here on a program takes up to 64 heads, so that keys are read once
 PROGRAMS = 264  # about how many programs fill a device
 AHEAD = 4  # parts loaded at once when they are joined
+CHANNELS = 128  # of a program that joins
 NEG = -1e30
 
 
@@ -112,6 +113,7 @@ def decode(
     width = 1 << (splits - 1).bit_length()
 
     kept = d // 2 - cos.shape[-1]  # pairs of channels that do not turn
+    pairs = min(d, CHANNELS) // 2
 
     def join(peak_ref, sum_ref, part_ref, sink_ref, cos_ref, sin_ref, out_ref):
         b, h = pl.program_id(0), pl.program_id(1)
@@ -122,7 +124,7 @@ def decode(
         top = jnp.maximum(jnp.max(peaks), sink)
         sums = jnp.where(exists, lo.load(sum_ref, (b, split, h)), 0)
         whole = jnp.sum(jnp.exp(peaks - top) * sums) + jnp.exp(sink - top)
-        pair = jnp.arange(d // 2, dtype=jnp.int32)
+        pair = pl.program_id(2) * pairs + jnp.arange(pairs, dtype=jnp.int32)
 
         def add(turn, ends):
             for i in [turn * AHEAD + n for n in range(AHEAD)]:
@@ -132,7 +134,7 @@ def decode(
                 ends = tuple(e + weight * lo.load(part_ref, (b, i, h, 2 * pair + j)) for j, e in enumerate(ends))
             return ends
 
-        zero = jnp.zeros((d // 2,), jnp.float32)
+        zero = jnp.zeros((pairs,), jnp.float32)
         ends = lo.loop(-(-splits // AHEAD), add, (zero, zero))
         even, odd = ((e / whole).astype(out_ref.dtype).astype(jnp.float32) for e in ends)
         at = jnp.maximum(pair - kept, 0)
@@ -142,8 +144,8 @@ def decode(
             lo.store(out_ref, (b, h, 2 * pair + j), jnp.where(pair >= kept, t, e))
 
     return lo.call(
-        join, jax.ShapeDtypeStruct((B, H, d), q.dtype), *parts, sink, cos, sin, grid=(B, H),
-        tuning=lo.Tuning(warps=4, stages=1), name="decode_attention_join",
+        join, jax.ShapeDtypeStruct((B, H, d), q.dtype), *parts, sink, cos, sin, grid=(B, H, d // (2 * pairs)),
+        tuning=lo.Tuning(warps=1, stages=1), name="decode_attention_join",
     )  # fmt: skip
 
 

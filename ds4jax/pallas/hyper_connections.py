@@ -16,7 +16,9 @@ from ds4jax.pallas import lowering as lo
 
 Array = jax.Array
 
-MAX_ROWS = 16  # rows of streams; for more, the product is a matter for tensor cores
+MAX_ROWS = 256  # rows of streams; for more, the product is a matter for tensor cores
+BLOCK = 8  # rows that a program of the first kernel takes, where there are many
+SLICE = 512  # channels that it then has in registers at once
 CHANNELS = 64  # at least
 STREAMS = 4
 COUNT = (2 + STREAMS) * STREAMS  # products of a row; the sum of its squares comes after them
@@ -40,9 +42,11 @@ def enter(
     if not isinstance(fn, jax.Array):
         raise NotImplementedError("the weights of the streams' weights are packed")
     flat = streams.reshape(R, S, D)
+    few = R <= BLOCK
     parts = lo.call(
-        _mix, jax.ShapeDtypeStruct((R, S, COUNT + 1), jnp.float32), flat, fn.reshape(-1, S, D),
-        grid=(COUNT + 1, S, R), tuning=lo.Tuning(warps=4 if D > 512 else 1, stages=1), name="hyper_mix",
+        _mix if few else _mix_block, jax.ShapeDtypeStruct((R, S, COUNT + 1), jnp.float32), flat, fn.reshape(-1, S, D),
+        grid=(COUNT + 1, S, R if few else -(-R // BLOCK)), tuning=lo.Tuning(warps=4 if D > 512 else 1, stages=1),
+        name="hyper_mix",
     )  # fmt: skip
     kernel = _finish(S, D, iterations, hc_eps, rms_eps)
     out = [
@@ -63,6 +67,23 @@ def _mix(x_ref, fn_ref, out_ref):
     x = lo.load(x_ref, (r, s, d)).astype(jnp.float32)
     w = lo.load(fn_ref, (jnp.minimum(n, COUNT - 1), s, d)).astype(jnp.float32)
     out_ref[r, s, n] = jnp.sum(x * jnp.where(n < COUNT, w, x))
+
+
+def _mix_block(x_ref, fn_ref, out_ref):
+    """As `_mix`, of a block of rows."""
+    n, s = pl.program_id(0), pl.program_id(1)
+    R, _, D = x_ref.shape
+    row = pl.program_id(2) * BLOCK + jnp.arange(BLOCK, dtype=jnp.int32)
+    here, width = jnp.minimum(row, R - 1)[:, None], min(D, SLICE)
+
+    def add(i, total):
+        d = i * width + jnp.arange(width, dtype=jnp.int32)
+        x = lo.load(x_ref, (here, s, d[None])).astype(jnp.float32)
+        w = lo.load(fn_ref, (jnp.minimum(n, COUNT - 1), s, d)).astype(jnp.float32)
+        return total + x * jnp.where(n < COUNT, w[None], x)
+
+    total = lo.loop(D // width, add, jnp.zeros((BLOCK, width), jnp.float32))
+    lo.store(out_ref, (row, s, n), jnp.sum(total, axis=1), mask=row < R)
 
 
 def _finish(S: int, D: int, iterations: int, hc_eps: float, rms_eps: float):

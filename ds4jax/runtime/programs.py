@@ -23,7 +23,7 @@ from ds4jax.runtime.sampling import Sampling, sample
 
 Array = jax.Array
 
-CHUNKS = (32, 256, 2048)  # lengths a prompt is cut into; the last piece is padded up
+CHUNKS = (32, 256, 2048, 4096)  # lengths a prompt is cut into; the last piece is padded up
 CHUNK_TOKENS = 8192  # tokens of all slots together in one prefill
 MAX_EOS = 8
 MAX_TOP = 20  # likeliest tokens that can be reported at each place
@@ -73,7 +73,9 @@ def chunk_length(tokens: int, slots: int = 1) -> int:
     """The compiled length that the next piece of `tokens` remaining tokens takes when `slots` prefill together."""
     largest = max(CHUNKS[0], CHUNK_TOKENS // slots)
     fitting = [c for c in CHUNKS if c <= largest]
-    return next((c for c in fitting if c >= tokens), fitting[-1])
+    n = next((i for i, c in enumerate(fitting) if c >= tokens), len(fitting) - 1)
+    # rather the next smaller length and a short piece than one that is mostly padding
+    return fitting[n - 1 if n > 1 and tokens <= fitting[n - 1] + fitting[n - 2] else n]
 
 
 class Programs:
