@@ -390,7 +390,7 @@ def make_lists(rng: Random) -> Item:
 CHARS_DENSE, CHARS_SPARSE = 3.2, 4.1
 
 
-def filler(rng: Random, prose: Sequence[str]) -> Callable[[], str]:
+def _filler(rng: Random, prose: Sequence[str]) -> Callable[[], str]:
     """What fills the space in one document: paragraphs of `prose` in a third of the documents, else descriptions."""
     if prose and rng.random() < 0.35:
         at = rng.randrange(len(prose))
@@ -454,7 +454,7 @@ def make_needle(
     tokens = tokens or int(2 ** rng.uniform(6, 11.78))
     dense = rng.random() < 0.45 if dense is None else dense
     room = int(tokens * (CHARS_DENSE if dense else CHARS_SPARSE)) - 60
-    fill = filler(rng, prose)
+    fill = _filler(rng, prose)
     out = _Text()
     stated: list[tuple[str, int]] = []
     if dense:
@@ -509,7 +509,7 @@ def make_copy(rng: Random, prose: Sequence[str] = ()) -> Item:
         passage = " ".join(description(rng) for _ in range(rng.randint(1, 3)))
     out = _Text().add(f"Remember: {passage}\n\n")
     room = int(2 ** rng.uniform(5, 10.5) * CHARS_SPARSE)
-    fill = filler(rng, prose)
+    fill = _filler(rng, prose)
     while out.size < room:
         out.add(fill() + " ")
     return out.add("\n\nRepeat: ").add(passage, answer=True).item("copy", passage)

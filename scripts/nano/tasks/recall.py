@@ -6,15 +6,17 @@ within a document, so a question has one answer.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from random import Random
 
 from .. import grammar, synth
+from ..stories import description
 from .common import Chat, Item, Reply, Task, system
 
-# Characters a token of the text and of a register under nano's tokenizer; only the lengths aimed at depend on them.
-CHARS_TEXT, CHARS_REGISTER = 4.1, 3.0
+# Characters a token of descriptions and of prose under nano's tokenizer; only the lengths aimed at depend on them.
+CHARS_DESCRIPTION, CHARS_PROSE = 4.35, 3.6
 OVERHEAD = 60
 """Tokens for the system prompt, the question and the first answer."""
 
@@ -122,8 +124,14 @@ def make(
     key = json.dumps([f[0] for f in found])
     if split and synth.side(key) != split:
         raise synth.OtherSide
-    room = int((tokens - OVERHEAD - 20 * (questions - 1)) * CHARS_TEXT) - (12 * n if register else 0)
-    text, n = (_register if register else _needles)(rng, found, max(40, room), synth.filler(rng, prose), far)
+    with_prose = bool(prose) and rng.random() < 0.35
+    chars = CHARS_PROSE if with_prose else CHARS_DESCRIPTION
+    room = int((tokens - OVERHEAD - 20 * (questions - 1)) * chars) - (12 * n if register else 0)
+    if with_prose:
+        at = rng.randrange(len(prose))
+        paragraphs = itertools.cycle([*prose[at:], *prose[:at]])
+    fill = (lambda: next(paragraphs)) if with_prose else lambda: description(rng)
+    text, n = (_register if register else _needles)(rng, found, max(40, room), fill, far)
     first = rng.randrange(n) if register else 0
     rest = [i for i in range(n) if i != first]
     asked = [first, *rng.sample(rest, min(questions - 1, len(rest)))]
