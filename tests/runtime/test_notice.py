@@ -66,6 +66,7 @@ def test_nothing_is_said_when_quick_unwanted_or_unseen(stderr, monkeypatch):
         Announced(lambda x: 1 // 0, jax.jit)(1)
     time.sleep(2)  # a line that was not called off would have come
     assert stderr.getvalue() == ""
+    monkeypatch.setattr(notice, "AFTER", 0.05)
     pipe = io.StringIO()
     monkeypatch.setattr(notice, "sys", SimpleNamespace(stderr=pipe))
     program(0.2)(1)
