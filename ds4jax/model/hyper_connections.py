@@ -34,10 +34,19 @@ def sinkhorn(logits: Array, iterations: int, eps: float) -> Array:
     return jax.lax.fori_loop(0, iterations - 1, normalize, c)
 
 
+def _products(streams: Array, fn: Array) -> tuple[Array, Array]:
+    """`fn @ flatten(X)` and mean(flatten(X)²): streams [..., S, D], fn [n, S·D] → float32 [..., n], [..., 1]."""
+    flat = streams.reshape(*streams.shape[:-2], -1)
+    (z,) = quant.matmul_many(flat, [fn], out_dtypes=[jnp.float32], precise=[True])
+    return z, jnp.mean(jnp.square(flat.astype(jnp.float32)), axis=-1, keepdims=True)
+
+
 def _mix_logits(streams: Array, fn, eps: float) -> Array:
     """`(fn @ flatten(X)) · rsqrt(mean(flatten(X)²) + eps)`: streams [..., S, D], fn [n, S·D] → float32 [..., n]."""
-    flat = streams.astype(jnp.float32).reshape(*streams.shape[:-2], -1)
-    return quant.matmul(rms(flat, eps), fn)
+    if streams.dtype == jnp.float32:  # normed first, sums stay small
+        return quant.matmul(rms(streams.reshape(*streams.shape[:-2], -1), eps), fn)
+    z, square = _products(streams, fn)
+    return z * jax.lax.rsqrt(square + eps)
 
 
 def _enter(streams, fn, base, scale, weight, iterations, hc_eps, rms_eps):
@@ -53,7 +62,14 @@ def _enter(streams, fn, base, scale, weight, iterations, hc_eps, rms_eps):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def _kernel(streams, fn, base, scale, weight, iterations, hc_eps, rms_eps):
-    return kernels.enter(streams, fn, base, scale, weight, iterations=iterations, hc_eps=hc_eps, rms_eps=rms_eps)
+    rules = dict(iterations=iterations, hc_eps=hc_eps, rms_eps=rms_eps)
+    kernels.require(streams, fn)
+    B, T, S, D = streams.shape
+    if B * T <= kernels.MAX_ROWS:
+        return kernels.enter(streams, fn, base, scale, weight, **rules)
+    z, square = _products(streams.reshape(B * T, 1, S, D), fn)
+    parts = jnp.concatenate([z, square * (S * D)], axis=-1)
+    return kernels.finish(parts, streams, base, scale, weight, **rules)
 
 
 def _kernel_bwd(iterations, hc_eps, rms_eps, args, g):

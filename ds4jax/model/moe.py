@@ -82,7 +82,7 @@ class Router(nnx.Module):
         """x [N, D], tokens [N] → experts [N, k] int32 and their weights [N, k] float32."""
         c = self.config
         rules = (c.norm_topk_prob, c.routed_scaling_factor)
-        logits = quant.matmul(x.astype(jnp.float32), value(self.weight))
+        (logits,) = quant.matmul_many(x, [value(self.weight)], out_dtypes=[jnp.float32], precise=[True])
         if self.hashed:
             probs = tap("probs", _probs(logits))
             best, weights = value(self.tid2eid)[tokens], None

@@ -16,7 +16,7 @@ from ds4jax.pallas import lowering as lo
 
 Array = jax.Array
 
-MAX_ROWS = 256  # rows of streams; for more, the product is a matter for tensor cores
+MAX_ROWS = 256  # rows of streams of the first kernel; for more, it is a matter for tensor cores
 BLOCK = 8  # rows that a program of the first kernel takes, where there are many
 SLICE = 512  # channels that it then has in registers at once
 CHANNELS = 64  # at least
@@ -24,38 +24,51 @@ STREAMS = 4
 COUNT = (2 + STREAMS) * STREAMS  # products of a row; the sum of its squares comes after them
 
 
-def enter(
-    streams: Array, fn: Array, base: Array, scale: Array, weight: Array, *, iterations: int, hc_eps: float,
-    rms_eps: float,
-) -> tuple[Array, Array, Array, Array]:  # fmt: skip
-    """As `model.hyper_connections.enter`: streams [B, T, S, D] → x [B, T, D], pre, post [B, T, S], comb [B, T, S, S].
-
-    NotImplementedError where no kernel serves the call.
-    """
+def require(streams: Array, fn: Array) -> None:
+    """NotImplementedError where no kernel serves streams [B, T, S, D]."""
     lo.require_device()
-    B, T, S, D = streams.shape
-    R = B * T
-    if S != STREAMS or R > MAX_ROWS:
-        raise NotImplementedError(f"{R} rows of {S} streams; this kernel takes 1 to {MAX_ROWS} rows of {STREAMS}")
+    *_, S, D = streams.shape
+    if S != STREAMS:
+        raise NotImplementedError(f"{S} streams; these kernels are for {STREAMS}")
     if D < CHANNELS or D & (D - 1):
         raise NotImplementedError(f"{D} channels are no power of two of at least {CHANNELS}")
     if not isinstance(fn, jax.Array):
         raise NotImplementedError("the weights of the streams' weights are packed")
-    flat = streams.reshape(R, S, D)
+
+
+def enter(
+    streams: Array, fn: Array, base: Array, scale: Array, weight: Array, *, iterations: int, hc_eps: float,
+    rms_eps: float,
+) -> tuple[Array, Array, Array, Array]:  # fmt: skip
+    """As `model.hyper_connections.enter`, of 1 to MAX_ROWS rows: streams [B, T, S, D] → x [B, T, D], pre, post
+    [B, T, S], comb [B, T, S, S]."""
+    B, T, S, D = streams.shape
+    R = B * T
     few = R <= BLOCK
     parts = lo.call(
-        _mix if few else _mix_block, jax.ShapeDtypeStruct((R, S, COUNT + 1), jnp.float32), flat, fn.reshape(-1, S, D),
-        grid=(COUNT + 1, S, R if few else -(-R // BLOCK)), tuning=lo.Tuning(warps=4 if D > 512 else 1, stages=1),
-        name="hyper_mix",
+        _mix if few else _mix_block, jax.ShapeDtypeStruct((R, S, COUNT + 1), jnp.float32), streams.reshape(R, S, D),
+        fn.reshape(-1, S, D), grid=(COUNT + 1, S, R if few else -(-R // BLOCK)),
+        tuning=lo.Tuning(warps=4 if D > 512 else 1, stages=1), name="hyper_mix",
     )  # fmt: skip
-    kernel = _finish(S, D, iterations, hc_eps, rms_eps)
+    return finish(parts, streams, base, scale, weight, iterations=iterations, hc_eps=hc_eps, rms_eps=rms_eps)
+
+
+def finish(
+    parts: Array, streams: Array, base: Array, scale: Array, weight: Array, *, iterations: int, hc_eps: float,
+    rms_eps: float,
+) -> tuple[Array, Array, Array, Array]:  # fmt: skip
+    """The second half of `enter`. parts: float32 [B · T, P, 25], which add up to the 24 products and the sum of
+    squares of a row; P is 1 or 4."""
+    B, T, S, D = streams.shape
+    R = B * T
     out = [
         jax.ShapeDtypeStruct((R, D), streams.dtype),
         *(jax.ShapeDtypeStruct((R, n), jnp.float32) for n in (S, S, S * S)),
     ]
     x, pre, post, comb = lo.call(
-        kernel, out, parts, flat, base.astype(jnp.float32), scale.astype(jnp.float32), weight,
-        grid=(R, 2), tuning=lo.Tuning(warps=4, stages=1), name="hyper_enter",
+        _finish(parts.shape[1], S, D, iterations, hc_eps, rms_eps), out, parts, streams.reshape(R, S, D),
+        base.astype(jnp.float32), scale.astype(jnp.float32), weight, grid=(R, 2),
+        tuning=lo.Tuning(warps=4, stages=1), name="hyper_enter",
     )  # fmt: skip
     return x.reshape(B, T, D), pre.reshape(B, T, S), post.reshape(B, T, S), comb.reshape(B, T, S, S)
 
@@ -86,11 +99,13 @@ def _mix_block(x_ref, fn_ref, out_ref):
     lo.store(out_ref, (row, s, n), jnp.sum(total, axis=1), mask=row < R)
 
 
-def _finish(S: int, D: int, iterations: int, hc_eps: float, rms_eps: float):
+def _finish(P: int, S: int, D: int, iterations: int, hc_eps: float, rms_eps: float):
     def kernel(parts_ref, x_ref, base_ref, scale_ref, weight_ref, out_ref, pre_ref, post_ref, comb_ref):
         r, part = pl.program_id(0), pl.program_id(1)
 
         def total(n: int) -> Array:
+            if P == 1:
+                return parts_ref[r, 0, n]
             return (parts_ref[r, 0, n] + parts_ref[r, 1, n]) + (parts_ref[r, 2, n] + parts_ref[r, 3, n])
 
         inverse = lax.rsqrt(total(COUNT) / (S * D) + rms_eps)

@@ -211,13 +211,30 @@ def _pallas_many(x: jax.Array, weights: tuple[Any, ...], out_dtypes: tuple[Any, 
     return [y.reshape(*lead, *y.shape[1:]) for y in ys]
 
 
+def _pieces(w: jax.Array) -> list[jax.Array]:
+    """bfloat16 arrays whose sum is w: one for bfloat16, two for float16, three for float32."""
+    rest, out = w.astype(jnp.float32), []
+    for _ in range({"bfloat16": 1, "float16": 2}.get(str(w.dtype), 3)):
+        # a conversion and back would be dropped as excess precision
+        piece = lax.reduce_precision(rest, 8, 7)
+        out.append(piece.astype(jnp.bfloat16))
+        rest = rest - piece
+    return out
+
+
+def _precise(x: jax.Array, w: Any, out_dtype: Any) -> jax.Array:
+    """The product as of float32 activations and weights. Of bfloat16 activations it is some products of bfloat16, each
+    exact before it is added up, which tensor cores do ten times as fast."""
+    if x.dtype != jnp.bfloat16 or isinstance(w, QuantizedArray):
+        return matmul(x.astype(jnp.float32), w, out_dtype=out_dtype)
+    return sum(_plain(x, piece, np.dtype(np.float32)) for piece in _pieces(w)).astype(out_dtype)
+
+
 def _each(
     x: jax.Array, weights: tuple[Any, ...], out_dtypes: tuple[Any, ...], precise: tuple[bool, ...]
 ) -> list[jax.Array]:
-    wide = x.astype(jnp.float32)
-    return [
-        matmul(wide if p else x, w, out_dtype=dtype) for w, dtype, p in zip(weights, out_dtypes, precise, strict=True)
-    ]
+    products = zip(weights, out_dtypes, precise, strict=True)
+    return [_precise(x, w, dtype) if p else matmul(x, w, out_dtype=dtype) for w, dtype, p in products]
 
 
 def _together(x, weights, out_dtypes, precise):  # all of its products are of float32

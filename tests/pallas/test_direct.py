@@ -120,3 +120,13 @@ def test_lowers_for_cuda(N):
 
     args = shape((N, 4096), jnp.bfloat16), q8(1024, 4096), q8(512, 4096), half
     assert "direct_3" in lowering.lower_for_cuda(run, *args)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.float32, jnp.bfloat16])
+def test_precise_products_of_bfloat16_lose_nothing(rng, dtype):
+    """Tensor cores multiply bfloat16: a weight in pieces, whose products are exact."""
+    x = jnp.asarray(rng.normal(size=(7, 640)), jnp.bfloat16)
+    w = jnp.asarray(rng.normal(size=(33, 640)) * 2.0 ** rng.integers(-12, 3, (33, 640)), dtype)
+    (y,) = jax.jit(lambda x, w: quant.matmul_many(x, [w], out_dtypes=[jnp.float32], precise=[True]))(x, w)
+    want = exact(x, w)
+    np.testing.assert_allclose(y, want, atol=3e-6 * np.abs(want).max())

@@ -21,7 +21,7 @@ def inputs(B, T, D, dtype, fn_dtype=np.float16, spread=1.0, seed=0):
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 2e-6), (jnp.bfloat16, 1e-2)])
-@pytest.mark.parametrize("B, T, D", [(1, 1, 64), (3, 1, 128), (2, 4, 256), (16, 1, 64), (19, 1, 1024)])
+@pytest.mark.parametrize("B, T, D", [(1, 1, 64), (3, 1, 128), (2, 4, 256), (16, 1, 64), (19, 1, 1024), (3, 90, 64)])
 def test_kernel_equals_plain(B, T, D, dtype, tolerance):
     args = inputs(B, T, D, dtype)
     with lowering.interpreted():
@@ -55,14 +55,14 @@ def test_gradients_are_those_of_the_plain_form():
         np.testing.assert_allclose(mine, plain, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("B, T, D", [(257, 1, 64), (1, 1, 96), (1, 1, 32)])
+@pytest.mark.parametrize("B, T, D", [(1, 1, 96), (1, 1, 32)])
 def test_what_no_kernel_takes_is_left_to_xla(B, T, D):
     with lowering.interpreted(), pytest.raises(NotImplementedError):
         IMPLEMENTATIONS["pallas"](*inputs(B, T, D, jnp.float32), 20, 1e-6, 1e-6)
 
 
-@pytest.mark.parametrize("rows", [1, 64])
+@pytest.mark.parametrize("rows", [1, 64, 2048])
 def test_lowers_for_cuda(rows):
     args = inputs(rows, 1, 4096, jnp.bfloat16)
     text = lowering.lower_for_cuda(lambda *a: enter(*a, **RULES, implementation="pallas"), *args)
-    assert "hyper_mix" in text and "hyper_enter" in text
+    assert ("hyper_mix" in text) == (rows <= 256) and "hyper_enter" in text
