@@ -38,6 +38,7 @@ import ds4jax  # noqa: E402
 from ds4jax import runtime  # noqa: E402
 from ds4jax.chat.tokenizer import Tokenizer  # noqa: E402
 from ds4jax.model.config import Config  # noqa: E402
+from ds4jax.quant.api import kernels  # noqa: E402
 from scripts.nano import exam, net, pieces, shards, stream, windows  # noqa: E402
 
 DISTANCES = (0, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -55,7 +56,8 @@ class Judge:
 
     def __call__(self, tokens: np.ndarray, rule: str = "indexer") -> list[np.ndarray]:
         recent = jnp.asarray(RULES.index(rule) == 1)
-        return [np.asarray(a) for a in self.program(self.arrays, tokens, recent)]
+        with kernels("xla"):  # the rule of selection is not the kernels'
+            return [np.asarray(a) for a in self.program(self.arrays, tokens, recent)]
 
 
 def batches(rows: np.ndarray, size: int) -> Iterator[tuple[slice, np.ndarray]]:

@@ -43,6 +43,7 @@ import numpy as np  # noqa: E402
 from ds4jax.chat.tokenizer import Tokenizer  # noqa: E402
 from ds4jax.errors import DS4Error  # noqa: E402
 from ds4jax.model.config import Config  # noqa: E402
+from ds4jax.quant.api import set_kernels  # noqa: E402
 from scripts import make_nano  # noqa: E402
 from scripts.nano import muon, net, pieces, shards, stream, tasks, windows  # noqa: E402
 
@@ -403,6 +404,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     """The whole run; returns the last evaluation."""
     out: Path = args.out
     out.mkdir(parents=True, exist_ok=True)
+    set_kernels("xla")  # kernels have no gradients
     if args.shortcuts:
         net.use_shortcuts()
     work: Path = args.work or out

@@ -331,38 +331,41 @@ _original_selected = attention_module.Attention._selected
 def _selected(self, positions: Array, index_query, cache):
     """`Attention._selected` that reads every visible entry at once when the indexer would choose them all."""
     n = cache.entries.shape[1] if self.ratio == 4 else 0
-    if not n or n > self.indexer.K or positions.shape[1] == 1:
+    if not n or n > self.config.index_topk or positions.shape[1] == 1:
         return _original_selected(self, positions, index_query, cache)
     visible = jnp.arange(n, dtype=jnp.int32) < ((positions + 1) // self.ratio)[..., None]
-    return [(cache.entries, visible)], {"scores": self.indexer.scores(*index_query, cache.index_keys)}
+    return [(cache.entries, visible)], {"scores": attention_module.index_scores(*index_query, cache.index_keys)}
 
 
-def recent_entries(self, scores: Array, visible: Array) -> Array:
-    """In place of `Indexer.select`: the K newest visible entries, whatever they hold."""
+def recent_entries(scores: Array, visible: Array, K: int) -> Array:
+    """In place of `attention.select_entries`: the K newest visible entries, whatever they hold."""
     count = jnp.sum(visible, axis=-1, keepdims=True, dtype=jnp.int32)  # the visible ones come first
-    return jnp.maximum(count - 1 - jnp.arange(min(self.K, scores.shape[-1]), dtype=jnp.int32), -1)
+    return jnp.maximum(count - 1 - jnp.arange(min(K, scores.shape[-1]), dtype=jnp.int32), -1)
 
 
 def recent_if(condition: Array | bool):
     """A rule for `selecting`: the newest entries where `condition` (bool [], may be traced), else the indexer's."""
-    chosen = attention_module.Indexer.select
+    chosen = attention_module.select_entries
 
-    def rule(self, scores: Array, visible: Array) -> Array:
-        return jnp.where(condition, recent_entries(self, scores, visible), chosen(self, scores, visible))
+    def rule(scores: Array, visible: Array, K: int) -> Array:
+        return jnp.where(condition, recent_entries(scores, visible, K), chosen(scores, visible, K))
 
     return rule
 
 
 @contextlib.contextmanager
 def selecting(rule):
-    """While in force, models traced choose compressed entries by `rule(indexer, scores, visible)`, not the indexer's
-    scores. A program compiled before keeps its own rule: give each rule a function of its own to compile."""
-    before = attention_module.Indexer.select
-    attention_module.Indexer.select = rule
+    """While in force, models traced choose compressed entries by `rule(scores, visible, K)`, not the indexer's scores.
+
+    For plain JAX and more than one token at once. A program compiled before keeps its own rule: give each rule a
+    function of its own to compile.
+    """
+    before = attention_module.select_entries
+    attention_module.select_entries = rule
     try:
         yield
     finally:
-        attention_module.Indexer.select = before
+        attention_module.select_entries = before
 
 
 def use_shortcuts() -> None:

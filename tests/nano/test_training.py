@@ -218,13 +218,12 @@ def test_shortcuts_change_nothing(config, dense, request):
 def test_recent_entries():
     """The newest visible entries, -1 where there are fewer; in force only inside `selecting`."""
     visible = jnp.arange(10) < jnp.array([0, 2, 9])[:, None]
-    indexer = type("Indexer", (), {"K": 4})()
-    chosen = np.asarray(net.recent_entries(indexer, jnp.zeros((1, 3, 10)), visible[None]))
+    chosen = np.asarray(net.recent_entries(jnp.zeros((1, 3, 10)), visible[None], 4))
     assert chosen.tolist() == [[[-1] * 4, [1, 0, -1, -1], [8, 7, 6, 5]]]
-    before = attention_module.Indexer.select
+    before = attention_module.select_entries
     with net.selecting(net.recent_entries):
-        assert attention_module.Indexer.select is net.recent_entries
-    assert attention_module.Indexer.select is before
+        assert attention_module.select_entries is net.recent_entries
+    assert attention_module.select_entries is before
 
 
 def test_distillation_is_least_where_both_agree():
