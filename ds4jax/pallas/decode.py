@@ -17,7 +17,7 @@ instruction turns a code into four bytes. Layouts: `ds4jax.quant.formats`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -63,18 +63,29 @@ class Tile:
     """Rows of a packed matrix, as a kernel sees them.
 
     refs: the parts [rows, entries] by name. rows: int32 [R], or [L, R] where they differ by place. table: ref of the
-    codebook's selectors, or None.
+    codebook's selectors, or None. through: what stands between a decoder and a load, as in `pipelined`.
     """
 
     refs: dict[str, Any]
     rows: Array
     table: Any = None
+    through: Callable[[Callable[[], Array]], Array] | None = None
 
     def part(self, name: str, index: Array) -> Array:
         """Entries `index` [L, …] of every row: [L, R, …]."""
+        load = lambda: self._load(name, index)  # noqa: E731
+        return self.through(load) if self.through else load()
+
+    def _load(self, name: str, index: Array) -> Array:
         rows = self.rows if self.rows.ndim == 2 else self.rows[None]
         rows = rows.reshape(*rows.shape, *[1] * (index.ndim - 1))
         return lo.load(self.refs[name], (rows, index[:, None]), stream=True)
+
+    def bytes(self, name: str, index: Array) -> Array:
+        """Four words of the 16 signed bytes from entry `index` on: [L, R, 4]. What is kept of them is words."""
+        index = index[:, None] + jnp.arange(16, dtype=jnp.int32)
+        load = lambda: lo.words_of_bytes(self._load(name, index))  # noqa: E731
+        return self.through(load) if self.through else load()
 
     def words(self, name: str, index: Array) -> Array:
         """Four words from entry 4·index on: [L, R, 4]."""
@@ -109,8 +120,7 @@ def _shift(x: Array) -> Array:
 def _q8_0(t: Tile, u: Array) -> Iterator[Run]:
     d = t.half("d", u)
     for half in range(2):
-        codes = t.part("codes", (32 * u + 16 * half)[:, None] + jnp.arange(16, dtype=jnp.int32))
-        yield Run(2 * u + half, lo.words_of_bytes(codes), d)
+        yield Run(2 * u + half, t.bytes("codes", 32 * u + 16 * half), d)
 
 
 def _q8_0_numbers(t: Tile, u: Array) -> Iterator[Run]:
@@ -459,7 +469,7 @@ def values(format: str, tile: Tile, units: Array, codebook: np.ndarray | None, d
     rows = jnp.broadcast_to(tile.rows[:, None], (R, L)).reshape(R * L, 1)
     units = lo.opaque(jnp.broadcast_to(units[None, :], (R, L)).reshape(R * L))  # a unit a thread
     out = []
-    for run in runs(format, Tile(tile.refs, rows, tile.table), units, codebook, matrix=True):
+    for run in runs(format, dataclasses.replace(tile, rows=rows), units, codebook, matrix=True):
         scale, offset = run.scale[..., None], None if run.offset is None else run.offset[..., None]
         if run.floats is not None:
             numbers = [run.floats]
@@ -480,3 +490,41 @@ def columns(format: str, units: np.ndarray) -> np.ndarray:
     if decoder.floats:
         return (first[:, None, :] + np.arange(16)[:, None]).reshape(-1)
     return (first[:, None, :, None] + 4 * np.arange(4)[:, None, None] + np.arange(4)).reshape(-1)
+
+
+def pipelined(
+    steps: int, ahead: int, tiles: list[Tile], read: Callable[[Any, list[Tile]], Iterable[Any]],
+    body: Callable[[Any, Iterable[Any], Any], Any], carry: Any,
+) -> Any:  # fmt: skip
+    """`for i in range(steps): carry = body(i, read(i, tiles), carry)`, where `read` decodes.
+
+    ahead: 1 where step i is to load what step i + 1 decodes. A compiler pipelines copies to shared memory, never a load
+    whose result is computed with: a step would wait for the memory before it could decode. So the parts of the tiles
+    that `read` loads are kept from one turn to the next, in registers. A codebook is read as before.
+    """
+    if steps == 1 or not ahead:
+        return lo.loop(steps, lambda i, carry: body(i, read(i, tiles), carry), carry)
+
+    def fetch(i):
+        loaded: list[list[Array]] = [[] for _ in tiles]
+
+        def keeping(into):
+            def through(load):
+                into.append(load())
+                return into[-1]
+
+            return through
+
+        # What this decodes is not used, so a compiler drops all of it but the loads.
+        list(read(i, [dataclasses.replace(t, through=keeping(its)) for t, its in zip(tiles, loaded, strict=True)]))
+        return loaded
+
+    def step(i, state):
+        loaded, carry = state
+        later = fetch(jnp.minimum(i + 1, steps - 1))
+        lo.loads_first()
+        queues = [iter(its) for its in loaded]
+        held = [dataclasses.replace(t, through=lambda _, q=q: next(q)) for t, q in zip(tiles, queues, strict=True)]
+        return later, body(i, read(i, held), carry)
+
+    return lo.loop(steps, step, (fetch(0), carry))[1]

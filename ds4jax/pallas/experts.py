@@ -48,13 +48,17 @@ class Stack:
         named = dict(zip(self.parts, refs, strict=False))
         return decode.Tile(named, rows, refs[len(named)] if len(refs) > len(named) else None)
 
-    def products(
-        self, refs: tuple[Any, ...], rows: Array, width: int, units: int, x_refs: tuple[Any, Any, Any],
-        x_rows: list[Any], digits: int,
-    ) -> list[Array]:  # fmt: skip
-        """Rows of the stack times rows `x_rows` of the digits in `x_refs`, by bytes: one float32 [R] each."""
-        tile = self.tile(refs, rows)
-        return matvec.row_products(self.format, tile, width, units, x_refs, x_rows, digits, self.codebook)
+
+def _products(
+    stacks: list[tuple[Stack, tuple[Any, ...]]], rows: Array, width: int, tuning: lo.Tuning,
+    x_refs: tuple[Any, Any, Any], x_rows: list[Any], digits: int,
+) -> list[list[Array]]:  # fmt: skip
+    """The same rows of each stack, given with its refs, times rows `x_rows` of the digits in `x_refs`, by bytes: for
+    every stack, one float32 [R] each."""
+    tiles = [(stack.format, stack.tile(refs, rows), stack.codebook) for stack, refs in stacks]
+    if len({format for format, _, _ in tiles}) == 1:
+        return matvec.row_products(tiles, width, tuning, x_refs, x_rows, digits)
+    return [its for tile in tiles for its in matvec.row_products([tile], width, tuning, x_refs, x_rows, digits)]
 
 
 def _digits(x: Array, digits: int) -> list[Array]:
@@ -92,9 +96,8 @@ def swiglu(
         n = pl.program_id(0)
         row = pl.program_id(1) * R + jnp.arange(R, dtype=jnp.int32)
         rows = ids_ref[n] * F + (jnp.minimum(row, F - 1) if F % R else row)
-        sums = []
-        for stack, its in ((gate, stack_refs[:first]), (up, stack_refs[first:])):
-            sums += stack.products(its, rows, D, tuning.units, x_refs, [n // k], digits)
+        both = [(gate, stack_refs[:first]), (up, stack_refs[first:])]
+        sums = [s for (s,) in _products(both, rows, D, tuning, x_refs, [n // k], digits)]
         lo.store(out_ref, (n, row), activation(*sums, weights_ref[n], limit), mask=row < F)
 
     h = lo.call(
@@ -118,7 +121,7 @@ def down(h: Array, stack: Stack, ids: Array, tuning: lo.Tuning | None = None) ->
         n = pl.program_id(0)
         row = pl.program_id(1) * R + jnp.arange(R, dtype=jnp.int32)
         rows = ids_ref[n] * D + (jnp.minimum(row, D - 1) if D % R else row)
-        (y,) = stack.products(stack_refs, rows, F, tuning.units, x_refs, [n], digits)
+        ((y,),) = _products([(stack, stack_refs)], rows, F, tuning, x_refs, [n], digits)
         lo.store(out_ref, (n, row), y, mask=row < D)
 
     y = lo.call(
@@ -190,10 +193,8 @@ def grouped_swiglu(
             rows = expert_ref[i] * F + (jnp.minimum(row, F - 1) if F % R else row)
             ns = [order_ref[start + j] for j in range(width)]
             tokens = [n // k for n in ns]
-            gates, ups = (
-                stack.products(its, rows, D, tuning.units, x_refs, tokens, digits)
-                for stack, its in ((gate, stack_refs[:first]), (up, stack_refs[first:]))
-            )
+            both = [(gate, stack_refs[:first]), (up, stack_refs[first:])]
+            gates, ups = _products(both, rows, D, tuning, x_refs, tokens, digits)
             for j, (n, *sums) in enumerate(zip(ns, gates, ups, strict=True)):
                 lo.store(out_ref, (n, row), activation(*sums, weights_ref[n], limit), mask=(row < F) & (j < count))
 
@@ -225,9 +226,8 @@ def grouped_down(h: Array, stack: Stack, ids: Array, tuning: lo.Tuning | None = 
         def tile(width):
             rows = expert_ref[i] * D + (jnp.minimum(row, D - 1) if D % R else row)
             ns = [order_ref[start + j] for j in range(width)]
-            for j, (n, y) in enumerate(
-                zip(ns, stack.products(stack_refs, rows, F, tuning.units, x_refs, ns, digits), strict=True)
-            ):
+            (ys,) = _products([(stack, stack_refs)], rows, F, tuning, x_refs, ns, digits)
+            for j, (n, y) in enumerate(zip(ns, ys, strict=True)):
                 lo.store(out_ref, (n, row), y, mask=(row < D) & (j < count))
 
         _by_width(M, count, tile)

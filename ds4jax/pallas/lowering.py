@@ -36,6 +36,7 @@ class Tuning:
 
     rows: output rows of a program. units: steps of the decoder along the input axis that a program takes at once.
     warps, stages: Triton's num_warps and num_stages. tokens: rows of activations of a program (matrix kernels).
+    ahead: by how many of its steps, 0 or 1, a program loads codes before it decodes them.
     """
 
     rows: int = 8
@@ -43,6 +44,7 @@ class Tuning:
     warps: int = 4
     stages: int = 2
     tokens: int = 16
+    ahead: int = 0
 
 
 # ---- mode ------------------------------------------------------------------------------------------------------------
@@ -169,6 +171,13 @@ def store(ref: Any, index: tuple[Any, ...], value: Array, *, mask: Array | None 
         _triton().store(ref.at[index], value, mask=mask)
     else:
         pl.store(ref, index, value, mask=mask)
+
+
+def loads_first() -> None:
+    """Loads before this are issued before anything after it: otherwise an assembler, which saves registers, puts off
+    those whose results are wanted last. The threads of a program meet here, but do not wait for what is loaded."""
+    if not interpreting():
+        _triton().debug_barrier()
 
 
 def loop(n: int, body: Callable[[Any, Any], Any], carry: Any) -> Any:

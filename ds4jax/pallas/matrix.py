@@ -56,7 +56,7 @@ def _units(format: str, K: int, units: int) -> int:
 
 def _products(
     tiles: list[tuple[str, decode.Tile, np.ndarray | None]], K: int, units: int, x_ref: Any, x_rows: Array,
-    part: Any = 0, parts: int = 1,
+    part: Any = 0, parts: int = 1, ahead: int = 0,
 ) -> list[Array]:  # fmt: skip
     """Each tile's rows times the rows `x_rows` [M] of `_in_kernel_order`: float32 [M, R] each. All of one format.
 
@@ -67,17 +67,22 @@ def _products(
     R, M = tiles[0][1].rows.shape[0], x_rows.shape[0]
     steps = -(-count // units) // parts
 
-    def step(i, sums):
-        i = part * steps + i
-        u = i * units + jnp.arange(units, dtype=jnp.int32)
+    def read(i, these):
+        u = (part * steps + i) * units + jnp.arange(units, dtype=jnp.int32)
         if count % units:
             u = jnp.minimum(u, count - 1)  # x is zero there
-        column = i * width + jnp.arange(width, dtype=jnp.int32)
+        return [
+            decode.values(format, tile, u, codebook, x_ref.dtype)
+            for tile, (format, _, codebook) in zip(these, tiles, strict=True)
+        ]
+
+    def step(i, weights, sums):
+        column = (part * steps + i) * width + jnp.arange(width, dtype=jnp.int32)
         x = lo.load(x_ref, (x_rows[:, None], column[None, :]))
-        weights = [decode.values(format, tile, u, codebook, x_ref.dtype) for format, tile, codebook in tiles]
         return [s + lo.matrix_product(x, w) for s, w in zip(sums, weights, strict=True)]
 
-    return lo.loop(steps, step, [jnp.zeros((M, R), jnp.float32) for _ in tiles])
+    zeros = [jnp.zeros((M, R), jnp.float32) for _ in tiles]
+    return decode.pipelined(steps, ahead, [tile for _, tile, _ in tiles], read, step, zeros)
 
 
 def matmul(
@@ -105,7 +110,7 @@ def matmul(
         token = pl.program_id(1) * M + jnp.arange(M, dtype=jnp.int32)
         tile = stack.tile(stack_refs, g * out + jnp.minimum(row, out - 1))
         n = jnp.minimum(token, N - 1) * G + g
-        (y,) = _products([(format, tile, codebook)], K, units, x_ref, n, part, parts)
+        (y,) = _products([(format, tile, codebook)], K, units, x_ref, n, part, parts, tuning.ahead)
         inside = (token < N)[:, None] & (row < out)[None, :]
         lo.store(out_ref, ((part * N * G + token * G + g)[:, None], row[None, :]), y, mask=inside)
 
@@ -162,7 +167,7 @@ def _grouped(
                 (stack.format, stack.tile(stack_refs[j * each : (j + 1) * each], rows), stack.codebook)
                 for j, stack in enumerate(stacks)
             ]
-            y = finish(n, more_refs, *_products(tiles, K, units, x_ref, source(n)))
+            y = finish(n, more_refs, *_products(tiles, K, units, x_ref, source(n), ahead=tuning.ahead))
             lo.store(out_ref, (n[:, None], row[None, :]), y, mask=(place < count)[:, None] & (row < out)[None, :])
 
     plan = schedule(ids, experts, M)

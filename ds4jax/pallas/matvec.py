@@ -79,28 +79,39 @@ def _float_products(run: decode.Run, x_refs: tuple[Any, Any, Any], n: Any, place
 
 
 def row_products(
-    format: str, tile: decode.Tile, K: int, units: int, x_refs: tuple[Any, Any, Any], x_rows: list[Any], digits: int,
-    codebook: np.ndarray | None,
-) -> list[Array]:  # fmt: skip
-    """A tile's rows times rows `x_rows` of the activations: one float32 [R] each."""
-    count = K // decode.DECODERS[format].unit
-    units = min(units, power_of_two(count))
-    steps, ragged = -(-count // units), count % units != 0
-    R = tile.rows.shape[0]
+    tiles: list[tuple[str, decode.Tile, np.ndarray | None]], K: int, tuning: lo.Tuning, x_refs: tuple[Any, Any, Any],
+    x_rows: list[Any], digits: int,
+) -> list[list[Array]]:  # fmt: skip
+    """Each tile's rows times rows `x_rows` of the activations: for every tile, one float32 [R] each.
 
-    def step(i, sums):
+    tiles: (format, rows, codebook), all of one format: they are read side by side, and activations once for all.
+    """
+    format, first, codebook = tiles[0]
+    count = K // decode.DECODERS[format].unit
+    units = min(tuning.units, power_of_two(count))
+    steps, ragged = -(-count // units), count % units != 0
+    R = first.rows.shape[0]
+
+    def read(i, these):
         u = lo.opaque(i * units + jnp.arange(units, dtype=jnp.int32))
         here = jnp.minimum(u, count - 1) if ragged else u
-        for run in decode.runs(format, tile, here, codebook):
-            if ragged:
-                live = (u < count)[:, None]
-                offset = None if run.offset is None else jnp.where(live, run.offset, 0)
-                run = dataclasses.replace(run, scale=jnp.where(live, run.scale, 0), offset=offset)
-            sums = accumulate(sums, run, x_refs, x_rows, digits)
+        for runs in zip(*(decode.runs(format, tile, here, codebook) for tile in these), strict=True):
+            for j, run in enumerate(runs):
+                if ragged:
+                    live = (u < count)[:, None]
+                    offset = None if run.offset is None else jnp.where(live, run.offset, 0)
+                    run = dataclasses.replace(run, scale=jnp.where(live, run.scale, 0), offset=offset)
+                yield j, run
+
+    def step(_, runs, sums):
+        sums = list(sums)
+        for j, run in runs:
+            sums[j] = accumulate(sums[j], run, x_refs, x_rows, digits)
         return sums
 
-    sums = lo.loop(steps, step, [jnp.zeros((units, R), jnp.float32) for _ in x_rows])
-    return [jnp.sum(s, axis=0) for s in sums]
+    zeros = [[jnp.zeros((units, R), jnp.float32) for _ in x_rows] for _ in tiles]
+    sums = decode.pipelined(steps, tuning.ahead, [tile for _, tile, _ in tiles], read, step, zeros)
+    return [[jnp.sum(s, axis=0) for s in its] for its in sums]
 
 
 def flat_parts(parts: dict[str, Array]) -> tuple[list[str], list[Array]]:
@@ -146,7 +157,7 @@ def matvec(
         inside = jnp.minimum(row, out - 1) if out % R else row
         tile = decode.Tile(dict(zip(names, part_refs, strict=True)), g * out + inside, table_ref)
         rows = [n * G + g for n in range(N)]
-        results = row_products(format, tile, K, tuning.units, (words, scale, sums), rows, digits, codebook)
+        (results,) = row_products([(format, tile, codebook)], K, tuning, (words, scale, sums), rows, digits)
         for n, y in enumerate(results):
             lo.store(out_ref, (n * G + g, row), y, mask=row < out)
 

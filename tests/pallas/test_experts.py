@@ -1,5 +1,7 @@
 """Routed experts by kernels, in interpret mode, beside plain JAX in float32."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -90,6 +92,15 @@ def test_gate_and_up_of_different_formats(rng):
     check_swiglu(rng, 2, ids, experts.grouped_swiglu, BATCH, ("IQ2_XXS", "Q2_K"))
     with pytest.raises(NotImplementedError, match="gate in Q4_K and up in Q2_K"):
         check_swiglu(rng, 20, choices(rng, 20), matrix.grouped_swiglu, TILE, ("Q4_K", "Q2_K"))
+
+
+@pytest.mark.parametrize("gate, up", [("IQ2_XXS", "IQ2_XXS"), ("IQ2_XXS", "Q2_K")])
+def test_experts_loaded_ahead(rng, gate, up):
+    few, batch, tile = (dataclasses.replace(t, ahead=1) for t in (SMALL, BATCH, TILE))
+    check_swiglu(rng, 2, choices(rng, 2), experts.swiglu, few, (gate, up))
+    check_swiglu(rng, 9, choices(rng, 9, "the ends"), experts.grouped_swiglu, batch, (gate, up))
+    if gate == up:
+        check_swiglu(rng, 20, choices(rng, 20), matrix.grouped_swiglu, tile, (gate, up))
 
 
 @pytest.mark.full

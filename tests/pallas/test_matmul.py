@@ -1,5 +1,7 @@
 """Products with few and many rows, in interpret mode, beside plain JAX in float32."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,6 +71,40 @@ def test_shapes(rng, name, rows, out, K):
     w, x = weight(rng, name, (out, K)), activations(rng, (rows, K))
     assert error(few(x, w), plain(x, w)) < 1e-4
     assert error(many(x, w), plain(x, w)) < 2e-3
+
+
+@pytest.mark.parametrize("name, K, units, steps", [
+    ("Q2_K", 256, 4, 1), ("IQ2_XXS", 512, 8, 2), ("Q2_K", 1280, 4, 5), ("IQ2_XXS", 768, 16, 2), ("Q2_K", 768, 8, 2),
+])  # fmt: skip
+def test_loaded_ahead(rng, name, K, units, steps):
+    # 768 elements: the last step's units are partly past the end
+    assert -(-K // decode.DECODERS[name].unit // units) == steps
+    w, x = weight(rng, name, (5, K)), activations(rng, (3, K))
+    assert error(few(x, w, tuning=dataclasses.replace(SMALL, units=units, ahead=1)), plain(x, w)) < 1e-4
+    assert error(many(x, w, tuning=dataclasses.replace(TILE, units=units, ahead=1)), plain(x, w)) < 3e-3
+
+
+def test_every_load_of_a_step_is_made_in_the_one_before(rng):
+    seen = []
+
+    def read(i, tiles):
+        return [tile.part("codes", jnp.full(1, i, jnp.int32)) for tile in tiles]
+
+    def body(i, values, total):
+        seen.append(len(values))
+        return [t + v.astype(jnp.int32) for t, v in zip(total, values, strict=True)]
+
+    w = [weight(rng, "Q8_0", (4, 32)) for _ in range(2)]
+    with lowering.interpreted():
+        tiles = [decode.Tile(one.parts, jnp.arange(4)) for one in w]
+        zeros = [jnp.zeros((1, 4), jnp.int32)] * 2
+        loads = jax.make_jaxpr(lambda: decode.pipelined(5, 1, tiles, read, body, zeros))()
+        total = decode.pipelined(5, 1, tiles, read, body, zeros)
+    (loop,) = [e for e in loads.eqns if e.primitive.name in ("scan", "while")]
+    inside = str(loop.params.get("jaxpr", loop.params.get("body_jaxpr")))
+    assert seen[0] == 2 and inside.count("gather[") == 2  # of the next step, none of this
+    for t, one in zip(total, w, strict=True):
+        np.testing.assert_array_equal(t[0], np.asarray(one.parts["codes"])[:, :5].astype(np.int32).sum(1))
 
 
 def test_digits_hold_16_bits(rng):
