@@ -18,8 +18,7 @@ from ds4jax.pallas import lowering as lo
 
 Array = jax.Array
 
-MAX_ROWS = 64
-MAX_ROWS_FP4 = 16  # each program makes its own Hadamard matrix
+MAX_ROWS = 256
 GROUP = 64  # channels that share a scale of the FP8 cache
 PAIRS = GROUP // 2
 
@@ -33,14 +32,13 @@ def finish(
     lo.require_device()
     N, H, d = raw.shape
     turned = 0 if cos is None else 2 * cos.shape[-1]
-    most = MAX_ROWS_FP4 if rounding == "fp4" else MAX_ROWS
-    if not 1 <= N <= most:
-        raise NotImplementedError(f"{N} rows; this kernel takes 1 to {most}")
+    if not 1 <= N <= MAX_ROWS:
+        raise NotImplementedError(f"{N} rows; this kernel takes 1 to {MAX_ROWS}")
     if d < GROUP or d & (d - 1):
         raise NotImplementedError(f"{d} channels are no power of two of at least {GROUP}")
     if rounding == "fp8" and (d - turned) % GROUP:
         raise NotImplementedError(f"{d - turned} channels are no whole groups of {GROUP}")
-    half, kept = d // 2, (d - turned) // 2  # pairs of channels, and those that do not turn
+    kept = (d - turned) // 2  # pairs of channels that do not turn
 
     def kernel(raw_ref, *refs):
         refs = list(refs)
@@ -67,8 +65,7 @@ def finish(
             pairs = (ends[0] * c - ends[1] * s, ends[0] * s + ends[1] * c)
             ends = [jnp.where(pair >= kept, _as(t, raw.dtype), e) for t, e in zip(pairs, ends, strict=True)]
         if rounding == "fp4":
-            places, values = _fp4(ends, half)
-            results = [(places, values)]
+            results = _fp4(ends)
         else:
             if rounding == "fp8":
                 ends = _fp8([_as(e, dtype) for e in ends], group < (d - turned) // GROUP)
@@ -87,7 +84,7 @@ def finish(
         arguments += [rows, store]
         out.append(jax.ShapeDtypeStruct(store.shape, store.dtype))
         aliases = {len(arguments) - 1: 1}
-    warps = 4 if d >= 512 or rounding == "fp4" else 1
+    warps = 4 if d >= 512 else 1
     results = lo.call(
         kernel, out, *arguments, grid=(N, H), tuning=lo.Tuning(warps=warps, stages=1),
         name=f"finish_{rounding or 'heads'}", aliases=aliases,
@@ -126,24 +123,41 @@ def _fp8(ends: list[Array], rounded: Array) -> list[Array]:
     return out
 
 
-def _fp4(ends: list[Array], half: int) -> tuple[Array, Array]:
-    """Even and odd channels [groups, PAIRS] → places and values [d / 32, 32], as `model.layers.simulate_fp4`."""
-    d = 2 * half
-    column = jnp.arange(d // 32, dtype=jnp.int32)[:, None] * 32 + jnp.arange(32, dtype=jnp.int32)[None]
-    pair = jnp.arange(half, dtype=jnp.int32)[:, None, None]
-    turned = jnp.zeros(column.shape, jnp.float32)
-    for i, e in enumerate(ends):
-        odd = (2 * pair + i) & column[None]  # an odd number of common bits makes the Hadamard matrix's entry negative
-        for shift in (16, 8, 4, 2, 1):
-            if shift < d:
-                odd = odd ^ (odd >> shift)
-        x = jnp.broadcast_to(e.reshape(half)[:, None, None], odd.shape)
-        turned = turned + jnp.sum(jnp.where((odd & 1) > 0, -x, x), axis=0)
-    turned = turned * np.float32(d**-0.5)
-    peak = jnp.maximum(jnp.max(jnp.abs(turned), axis=1), np.float32(6 * 2.0**-126))
-    exponent = _scale_exponent(peak, 6.0)[:, None]
-    x = turned * _power_of_two(-exponent)
-    a = jnp.abs(x)
-    fine, coarse = lo.round_even(2 * a) * 0.5, lo.round_even(0.5 * a) * 2
-    a = jnp.minimum(jnp.where(a < 2, fine, jnp.where(a < 4, lo.round_even(a), coarse)), 6.0)
-    return column, jnp.where(x == x, jnp.where(x < 0, -a, a) * _power_of_two(exponent), x)
+def _fp4(ends: list[Array]) -> list[tuple[Array, Array]]:
+    """Even and odd channels [groups, PAIRS] → places and values of the two, as `model.layers.simulate_fp4` has them."""
+    d = 2 * ends[0].size
+    n = (
+        1 << (d // 2).bit_length() // 2
+    )  # a transform of d / 2 = m · n is one of m along one axis and of n along the other
+    m = d // 2 // n
+    sums = ((e + sign * o).reshape(m, n) for e, o, sign in ((*ends, 1.0), (*ends, -1.0)))
+    turned = [_hadamard(s) * np.float32(d**-0.5) for s in sums]
+    groups = (d // 32, 16)
+    turned = [t.reshape(groups) for t in turned]
+    peak = jnp.max(jnp.maximum(jnp.abs(turned[0]), jnp.abs(turned[1])), axis=1)
+    exponent = _scale_exponent(jnp.maximum(peak, np.float32(6 * 2.0**-126)), 6.0)[:, None]
+    pair = jnp.arange(d // 32, dtype=jnp.int32)[:, None] * 16 + jnp.arange(16, dtype=jnp.int32)[None]
+    out = []
+    for i, t in enumerate(turned):
+        x = t * _power_of_two(-exponent)
+        a = jnp.abs(x)
+        fine, coarse = lo.round_even(2 * a) * 0.5, lo.round_even(0.5 * a) * 2
+        a = jnp.minimum(jnp.where(a < 2, fine, jnp.where(a < 4, lo.round_even(a), coarse)), 6.0)
+        out.append((2 * pair + i, jnp.where(x == x, jnp.where(x < 0, -a, a) * _power_of_two(exponent), x)))
+    return out
+
+
+def _hadamard(x: Array) -> Array:
+    """The transform of all of x [m, n], taken as one row, without its scale."""
+    m, n = x.shape
+    x = jnp.sum(_signs(m)[:, :, None] * x[None], axis=1)
+    return jnp.sum(x[:, :, None] * _signs(n)[None], axis=1)
+
+
+def _signs(n: int) -> Array:
+    """The Hadamard matrix: -1 where row and column have an odd number of bits in common."""
+    odd = jnp.arange(n, dtype=jnp.int32)[:, None] & jnp.arange(n, dtype=jnp.int32)[None]
+    for shift in (16, 8, 4, 2, 1):
+        if shift < n:
+            odd = odd ^ (odd >> shift)
+    return 1.0 - 2.0 * (odd & 1).astype(jnp.float32)
