@@ -41,10 +41,10 @@ KERNELS = ("matvec_", "swiglu_", "down_", "bytes_", "matmul_", "grouped_")  # na
 # (operation, format, shape, tokens); those of the published q2 file first
 PUBLISHED = [
     *(("grouped", *case, tokens) for tokens in (2048, 4096) for case in (("IQ2_XXS", (E, F, D)), ("Q2_K", (E, D, F)))),
+    ("swiglu", "IQ2_XXS", (E, F, D), 1), ("down", "Q2_K", (E, D, F), 1),
     *((op, *case, tokens) for tokens in (64, 256) for case in (("IQ2_XXS", (E, F, D)), ("Q2_K", (E, D, F)))
       for op in ("bytes", "grouped")),
     ("dense", "Q8_0", (4096, 8192), 64), ("dense", "Q8_0", (32768, 1024), 64),
-    ("swiglu", "IQ2_XXS", (E, F, D), 1), ("down", "Q2_K", (E, D, F), 1),
     *(("matvec", "Q8_0", shape, 1) for shape in ((4096, 2048), (512, 4096), (8, 1024, 4096), (1024, 4096),
                                                  (2048, 4096), (32768, 1024), (4096, 8192), (129280, 4096))),
 ]  # fmt: skip
@@ -68,19 +68,30 @@ def variants(case: Case, quick: bool) -> list[lowering.Tuning]:
         if op == "dense":
             shapes = [(64, 4, 128), (32, 4, 128), (64, 4, 256), (32, 4, 256)]
         shapes += [] if quick else [(128, 8, 64), (128, 4, 64), (64, 4, 256), (64, 8, 128), (32, 4, 128)]
+        # The copies of activations that stages pipeline are waited for one step late with three of them.
+        how = [(2, 0), (2, 1), (3, 0), (3, 1)]  # stages, ahead
         if tokens * k < 16 * E:  # short runs: what counts is decoding
-            shapes = shapes[:2]
+            shapes, how = shapes[:2], how[::3]
+        if quick and op == "grouped":
+            shapes = shapes[:1]
         lengths = (64, 128) if tokens * k > 64 * E else (64,)
-        stages = (2,) if quick or tokens < 2048 else (2, 3)
-        return [T(r, s // unit, w, n, m) for (r, w, s), n, m in itertools.product(shapes, stages, lengths)]
-    most = max(32, matvec.power_of_two(shape[-1] // unit))
+        return [T(r, s // unit, w, n, m, a) for (r, w, s), (n, a), m in itertools.product(shapes, how, lengths)]
+    count = shape[-1] // unit
+    most = max(32, matvec.power_of_two(count))
     threads = [(32 * w, w) for w in (1, 2, 4) if 32 * w <= most]
+    if count <= 32 and op != "matvec":
+        threads.append((16, 1))  # two steps, so that one's loads can be ahead of the other
+
+    def steps(u):  # without a second step nothing can be ahead
+        return (0, 1) if u < count else (0,)
+
     if op == "bytes":
         sums = ((4, 2), (4, 4), (8, 2)) if quick else itertools.product((1, 2, 4, 8), (2, 4, 8))
-        both = itertools.product(sums, threads[: 1 if quick else 2])
-        return [T(r, u, w, 2, m) for (r, m), (u, w) in both if r * m <= 32]
+        both = itertools.product(sums, threads if count <= 32 else threads[: 1 if quick else 2])
+        return [T(r, u, w, 2, m, a) for (r, m), (u, w) in both if r * m <= 32 for a in steps(u)]
     rows = ((1, 2, 4) if op == "matvec" else (2, 4, 8)) if quick else (1, 2, 4, 8)
-    return [T(r, u, w) for r, (u, w) in itertools.product(rows, threads[: 2 if quick else 3])]
+    both = itertools.product(rows, threads[: 2 if quick else 3])
+    return [T(r, u, w, ahead=a) for r, (u, w) in both for a in steps(u)]
 
 
 def operation(case: Case) -> tuple[Any, Any]:
@@ -184,7 +195,7 @@ def measure(case: Case, jobs: list[tuple[lowering.Tuning | None, Any]], show: in
         f"{sum(other.values()):.1f} µs in {len(other)} kernels, {split:.1f} of it splitting activations"
     )
     for s, wrong, t, message in rows[:show] + [r for r in rows[show:] if r[3]][:3]:
-        what = f"rows={t.rows} units={t.units} warps={t.warps} stages={t.stages} tokens={t.tokens}"
+        what = f"rows={t.rows} units={t.units} warps={t.warps} stages={t.stages} tokens={t.tokens} ahead={t.ahead}"
         if wrong is None:
             print(f"  {'':42} {what}  {message}")
         else:
