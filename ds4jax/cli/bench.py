@@ -32,6 +32,9 @@ def bench(
     steps: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens decoded at a time.")] = 64,
     table: Annotated[bool, typer.Option("--table", help="Time each product of a synthetic model, too.")] = False,
     only_table: Annotated[bool, typer.Option("--only-kernels", help="Time the products and nothing else.")] = False,
+    timeline: Annotated[
+        bool, typer.Option("--timeline", help="Show what a decoded token spends its time on, kernel by kernel.")
+    ] = False,
     tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Rows of activations in that table.")] = 1,
     out: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write .json, .csv (rates) or .svg (rates).")
@@ -47,6 +50,7 @@ def bench(
       ds4jax bench model.gguf
       ds4jax bench --synthetic flash-q2 --layers 8 --batch 1,16,64 -o bench.json
       ds4jax bench --synthetic flash-q2 --only-kernels
+      ds4jax bench --synthetic flash-q2 --layers 8 --contexts "" --timeline
     """
     if (model is None) == (synthetic is None):
         raise DS4Error("bench: give a MODEL, or --synthetic with one of its kinds")
@@ -87,6 +91,10 @@ def bench(
                                 device=platform.device),
                 result["rates"],
             )  # fmt: skip
+            if timeline:
+                rows, token = measure.timeline(programs, config, platform.dtype, device=platform.device)
+                result["timeline"] = {"kernels": rows, "token": token}
+                _show_timeline(rows, token)
     if out is not None:
         _write(out, result)
 
@@ -135,6 +143,13 @@ def _show(rows: Iterable[dict[str, Any]], kept: list[dict[str, Any]]) -> None:
         after = f"decode {row['decode_tokens_per_s']:9.1f} tokens/s"
         print(f"context {row['context']:8}  slots {row['slots']:4}  {before}{after}")
         sys.stdout.flush()
+
+
+def _show_timeline(rows: list[dict[str, Any]], token: dict[str, float]) -> None:
+    print("a token: {wall:.0f} µs, of which {launches:.0f} kernels run {busy:.0f} µs".format(**token))
+    for row in rows:
+        if row["share"] >= 0.002:
+            print("{microseconds:9.1f} µs {share:6.1%} {runs:7.1f} runs  {kernel}".format(**row))
 
 
 def _write(path: Path, result: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import re
 import statistics
 import tempfile
 import time
@@ -41,11 +42,11 @@ def seconds(call: Callable[[], Any], repeats: int = REPEATS) -> float:
     return statistics.median(times)
 
 
-def copy_bandwidth(nbytes: int = 1 << 30) -> float:
-    """Bytes per second, read and written, of a copy within the device's memory."""
+def copy_bandwidth(nbytes: int = 1 << 30, turns: int = 8) -> float:
+    """Bytes per second, read and written, of copies within the device's memory, `turns` in one program."""
     x = jnp.zeros((nbytes // 4,), jnp.uint32) + jnp.arange(nbytes // 4, dtype=jnp.uint32)
-    copy = jax.jit(lambda x: x ^ jnp.uint32(1))
-    return 2 * nbytes / seconds(lambda: copy(x))
+    copy = jax.jit(lambda x: jax.lax.fori_loop(1, 1 + turns, lambda i, x: x ^ i.astype(jnp.uint32), x))
+    return 2 * turns * nbytes / seconds(lambda: copy(x))
 
 
 def device_times(fn: Callable[[], Any]) -> dict[str, list[float]]:
@@ -182,13 +183,24 @@ def products(config: Config, experts: tuple[str, str], dense: str = "Q8_0") -> l
     ]  # fmt: skip
 
 
+def _own_seconds(op: Callable[[Any, Any], Any], x: Any, weights: Sequence[Any]) -> float:
+    """Seconds that the kernels of one op(x, w) run; where there is no profile of them, of a call in a chain of them."""
+    run = jax.jit(lambda x, weights: [op(x, w) for w in weights])
+    jax.block_until_ready(run(x, weights))
+    try:
+        times = device_times(lambda: run(x, weights))
+    except DS4Error:
+        return op_seconds(op, x, weights)
+    return 1e-6 * sum(map(sum, times.values())) / len(weights)
+
+
 def product_seconds(p: Product, config: Config, tokens: int, *, implementation: str | None = None) -> float:
     """Seconds of one product with bfloat16 activations of `tokens` tokens."""
     key = jax.random.key(1)
     if p.kind == "matmul":
         x = jax.random.normal(key, (tokens, *p.shape[:-2], p.shape[-1]), jnp.bfloat16)
         op = lambda x, w: quant.matmul(x, w, implementation=implementation)  # noqa: E731
-        return op_seconds(op, x, distinct(p.format, p.shape))
+        return _own_seconds(op, x, distinct(p.format, p.shape))
     E, k = p.shape[0], config.num_experts_per_tok
     rng = np.random.default_rng(0)
     picks = [np.stack([rng.choice(E, k, replace=False) for _ in range(tokens)]).astype(np.int32) for _ in range(16)]
@@ -200,7 +212,7 @@ def product_seconds(p: Product, config: Config, tokens: int, *, implementation: 
     else:
         x = jax.random.normal(key, (tokens, k, p.shape[-1]), jnp.bfloat16)
         op = lambda x, w: quant.expert_down(x, w[1], w[0], implementation=implementation)  # noqa: E731
-    return op_seconds(op, x, [(jnp.asarray(ids), *stacks) for ids in picks])
+    return _own_seconds(op, x, [(jnp.asarray(ids), *stacks) for ids in picks])
 
 
 def kernel_table(
@@ -256,17 +268,18 @@ def frontiers(
         yield dict(context=context, slots=1, prefill_tokens_per_s=fed / spent, decode_tokens_per_s=rate)
 
 
+def _going(n: int, config: Config) -> Slots:
+    """n slots that decode greedily and never end."""
+    slots = Slots.empty(n)
+    for i in range(n):
+        slots.begin(i, 1 + i % (config.vocab_size - 1), 10**6, Sampling(0.0, 0, 1.0, 0.0, 0), ())
+    return slots
+
+
 def decode_rate(programs: Programs, config: Config, cache: Any, steps: int) -> float:
     """Greedy tokens per second of all slots of `cache` together; the cache is used up."""
     n = cache.length.shape[0]
-
-    def slots() -> Slots:
-        s = Slots.empty(n)
-        for i in range(n):
-            s.begin(i, 1 + i % (config.vocab_size - 1), 10**6, Sampling(0.0, 0, 1.0, 0.0, 0), ())
-        return s
-
-    cache, state, *_ = programs.decode(cache, slots(), steps=steps)  # compiles
+    cache, state, *_ = programs.decode(cache, _going(n, config), steps=steps)  # compiles
     jax.block_until_ready(cache)
     times = []
     for _ in range(3):
@@ -287,6 +300,38 @@ def batches(
         cache = dataclasses.replace(cache, length=jnp.full((n,), context, jnp.int32))
         rate = decode_rate(programs, config, cache, steps)
         yield dict(context=context, slots=n, prefill_tokens_per_s=None, decode_tokens_per_s=rate)
+
+
+def timeline(
+    programs: Programs, config: Config, dtype: Any, *, context: int = 2048, slots: int = 1, steps: int = 8,
+    device: Any = None,
+) -> tuple[list[dict[str, Any]], dict[str, float]]:  # fmt: skip
+    """What a decoded token spends its time on, by JAX's profiler.
+
+    Returns:
+      {kernel, runs, microseconds, share} of a token, the longest first; and of a token, in microseconds, "busy": all
+      kernels together, "wall": as the host's clock has it, "launches": how many kernels.
+    """
+    cache = jax.device_put(init_cache(config, slots, context + 8 * steps, dtype), device)
+    cache = dataclasses.replace(cache, length=jnp.full((slots,), context, jnp.int32))
+    state = _going(slots, config)
+    for _ in range(2):  # the first compiles
+        begin = time.perf_counter()
+        cache, state, *_ = programs.decode(cache, state, steps=steps)
+        jax.block_until_ready(cache)
+        wall = time.perf_counter() - begin
+    times = device_times(lambda: programs.decode(cache, state, steps=steps))
+    alike: dict[str, list[float]] = {}
+    for name, us in times.items():
+        # XLA numbers the uses of a kernel (…__2) and its own fusions (…fusion_8)
+        alike.setdefault(re.sub(r"__\d+$|(?<=fusion)(_\d+)+$", "", name), []).extend(us)
+    busy = sum(map(sum, alike.values()))
+    rows = [
+        dict(kernel=name, runs=len(us) / steps, microseconds=sum(us) / steps, share=sum(us) / busy)
+        for name, us in sorted(alike.items(), key=lambda item: -sum(item[1]))
+    ]
+    launches = sum(map(len, alike.values())) / steps
+    return rows, dict(busy=busy / steps, wall=1e6 * wall / steps, launches=launches)
 
 
 def describe() -> dict[str, str]:

@@ -1,5 +1,7 @@
 """Measurements: what they count, and that they run."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -84,3 +86,32 @@ def test_plot():
     assert svg.startswith("<svg") and svg.count("<circle") == 4 and ">4096<" in svg and ">1024<" not in svg
     with pytest.raises(DS4Error, match="nothing to plot"):
         plot(dict(device="some GPU", rates=[]))
+
+
+def test_timeline_counts_a_token(monkeypatch):
+    class Programs:
+        def decode(self, cache, slots, *, steps):
+            return cache, slots
+
+    config = synthetic.flash_config(1)
+    small = dataclasses.replace(config, sliding_window=4, head_dim=64, compress_ratios=(0,))
+    # two names for one kernel, as a compiler numbers its uses; 8 tokens a dispatch
+    times = {"matvec_q8_0_1__2": [10.0] * 8, "matvec_q8_0_1": [6.0] * 16}
+    times |= {"loop_fusion_8": [0.5] * 8, "loop_fusion_12_1": [0.5] * 8}
+    monkeypatch.setattr(bench, "device_times", lambda fn: fn() and times)
+    rows, token = bench.timeline(Programs(), small, jnp.float32, context=16)
+    assert [(r["kernel"], r["runs"], r["microseconds"]) for r in rows] == [
+        ("matvec_q8_0_1", 3, 22.0), ("loop_fusion", 2, 1.0),
+    ]  # fmt: skip
+    assert sum(r["share"] for r in rows) == pytest.approx(1)
+    assert token["busy"] == 23 and token["launches"] == 5 and token["wall"] > 0
+
+
+def test_own_seconds_are_the_kernels(monkeypatch):
+    x, weights = jnp.ones((1, 256)), bench.distinct("Q8_0", (4, 256), total=1)
+    monkeypatch.setattr(bench, "device_times", lambda fn: {"matvec": [3.0, 5.0], "split": [1.0, 1.0]})
+    assert bench._own_seconds(quant.matmul, x, weights) == pytest.approx(5e-6)
+
+
+def test_copies_are_timed():
+    assert bench.copy_bandwidth(1 << 20, 2) > 1e6
