@@ -361,8 +361,8 @@ def test_options_are_data(lm, engine):
 def test_chunk_lengths(monkeypatch):
     monkeypatch.setattr(programs, "CHUNKS", (32, 256, 2048))
     for tokens, slots, length in (
-        (1, 1, 32), (32, 1, 32), (33, 1, 256), (257, 1, 256), (288, 1, 256), (289, 1, 2048), (10**6, 1, 2048), (300, 4, 2048), (300, 8, 256),
-        (10**6, 32, 256), (10**6, 64, 32), (5, 10**4, 32),
+        (1, 1, 32), (32, 1, 32), (33, 1, 256), (257, 1, 256), (288, 1, 256), (289, 1, 2048), (10**6, 1, 2048),
+        (300, 4, 2048), (300, 8, 256), (10**6, 32, 256), (10**6, 64, 32), (5, 10**4, 32),
     ):  # fmt: skip
         assert programs.chunk_length(tokens, slots) == length
 
