@@ -24,8 +24,9 @@ _DEFAULT = {
     "swiglu": Tuning(rows=4, units=32, warps=1),
     "down": Tuning(rows=4, units=32, warps=1),
     "bytes": Tuning(rows=4, units=32, warps=1, tokens=4),
-    "dense": Tuning(rows=64, warps=4, stages=2, tokens=64),
-    "grouped": Tuning(rows=64, warps=4, stages=2, tokens=64),
+    # three stages: of activations, too, a step's are on their way while the last one's are multiplied
+    "dense": Tuning(rows=64, warps=4, stages=3, tokens=64, ahead=1),
+    "grouped": Tuning(rows=64, warps=4, stages=3, tokens=64, ahead=1),
 }
 _STEP = 128  # elements of a row that a tensor-core kernel decodes at a time
 
