@@ -79,15 +79,13 @@ def variants(case: Case, quick: bool) -> list[lowering.Tuning]:
     count = shape[-1] // unit
     most = max(32, matvec.power_of_two(count))
     threads = [(32 * w, w) for w in (1, 2, 4) if 32 * w <= most]
-    if count <= 32 and op != "matvec":
-        threads.append((16, 1))  # two steps, so that one's loads can be ahead of the other
 
     def steps(u):  # without a second step nothing can be ahead
         return (0, 1) if u < count else (0,)
 
     if op == "bytes":
         sums = ((4, 2), (4, 4), (8, 2)) if quick else itertools.product((1, 2, 4, 8), (2, 4, 8))
-        both = itertools.product(sums, threads if count <= 32 else threads[: 1 if quick else 2])
+        both = itertools.product(sums, threads[: 1 if quick else 2])
         return [T(r, u, w, 2, m, a) for (r, m), (u, w) in both if r * m <= 32 for a in steps(u)]
     rows = ((1, 2, 4) if op == "matvec" else (2, 4, 8)) if quick else (1, 2, 4, 8)
     both = itertools.product(rows, threads[: 2 if quick else 3])
