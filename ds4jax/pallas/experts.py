@@ -50,15 +50,17 @@ class Stack:
 
 
 def _products(
-    stacks: list[tuple[Stack, tuple[Any, ...]]], rows: Array, width: int, tuning: lo.Tuning,
+    stacks: list[tuple[Stack, tuple[Any, ...]]], rows: list[Array], width: int, tuning: lo.Tuning,
     x_refs: tuple[Any, Any, Any], x_rows: list[Any], digits: int,
-) -> list[list[Array]]:  # fmt: skip
-    """The same rows of each stack, given with its refs, times rows `x_rows` of the digits in `x_refs`, by bytes: for
-    every stack, one float32 [R] each."""
-    tiles = [(stack.format, stack.tile(refs, rows), stack.codebook) for stack, refs in stacks]
-    if len({format for format, _, _ in tiles}) == 1:
-        return matvec.row_products(tiles, width, tuning, x_refs, x_rows, digits)
-    return [its for tile in tiles for its in matvec.row_products([tile], width, tuning, x_refs, x_rows, digits)]
+) -> list[list[list[Array]]]:  # fmt: skip
+    """The same rows (int32 [1] each) of every stack, given with its refs, times rows `x_rows` of the digits in
+    `x_refs`, by bytes: for each row and stack, one float32 [1] for each of `x_rows`."""
+    tiles = [[(stack.format, stack.tile(refs, row), stack.codebook) for row in rows] for stack, refs in stacks]
+    multiply = lambda its: matvec.row_products(its, width, tuning, x_refs, x_rows, digits)  # noqa: E731
+    if len({stack.format for stack, _ in stacks}) == 1:
+        flat = multiply([tile for pair in zip(*tiles, strict=True) for tile in pair])
+        return [flat[i : i + len(stacks)] for i in range(0, len(flat), len(stacks))]
+    return [list(its) for its in zip(*(multiply(its) for its in tiles), strict=True)]
 
 
 def _digits(x: Array, digits: int) -> list[Array]:
@@ -94,11 +96,12 @@ def swiglu(
     def kernel(ids_ref, weights_ref, *refs):
         x_refs, stack_refs, out_ref = refs[:3], refs[3:-1], refs[-1]
         n = pl.program_id(0)
-        row = pl.program_id(1) * R + jnp.arange(R, dtype=jnp.int32)
-        rows = ids_ref[n] * F + (jnp.minimum(row, F - 1) if F % R else row)
+        mine = matvec.program_rows(pl.program_id(1), R)
+        rows = [ids_ref[n] * F + matvec.inside(row, R, F) for row in mine]
         both = [(gate, stack_refs[:first]), (up, stack_refs[first:])]
-        sums = [s for (s,) in _products(both, rows, D, tuning, x_refs, [n // k], digits)]
-        lo.store(out_ref, (n, row), activation(*sums, weights_ref[n], limit), mask=row < F)
+        results = _products(both, rows, D, tuning, x_refs, [n // k], digits)
+        for row, ((gated,), (upped,)) in zip(mine, results, strict=True):
+            lo.store(out_ref, (n, row), activation(gated, upped, weights_ref[n], limit), mask=row < F)
 
     h = lo.call(
         kernel, jax.ShapeDtypeStruct((T * k, F), x.dtype), ids.reshape(-1), weights.reshape(-1),
@@ -119,10 +122,11 @@ def down(h: Array, stack: Stack, ids: Array, tuning: lo.Tuning | None = None) ->
     def kernel(ids_ref, *refs):
         x_refs, stack_refs, out_ref = refs[:3], refs[3:-1], refs[-1]
         n = pl.program_id(0)
-        row = pl.program_id(1) * R + jnp.arange(R, dtype=jnp.int32)
-        rows = ids_ref[n] * D + (jnp.minimum(row, D - 1) if D % R else row)
-        ((y,),) = _products([(stack, stack_refs)], rows, F, tuning, x_refs, [n], digits)
-        lo.store(out_ref, (n, row), y, mask=row < D)
+        mine = matvec.program_rows(pl.program_id(1), R)
+        rows = [ids_ref[n] * D + matvec.inside(row, R, D) for row in mine]
+        results = _products([(stack, stack_refs)], rows, F, tuning, x_refs, [n], digits)
+        for row, ((y,),) in zip(mine, results, strict=True):
+            lo.store(out_ref, (n, row), y, mask=row < D)
 
     y = lo.call(
         kernel, jax.ShapeDtypeStruct((T * k, D), jnp.float32), ids.reshape(-1),
@@ -185,18 +189,18 @@ def grouped_swiglu(
 
     def kernel(weights_ref, order_ref, expert_ref, start_ref, count_ref, *refs):
         x_refs, stack_refs, out_ref = refs[:3], refs[3:-1], refs[-1]
-        row = pl.program_id(0) * R + jnp.arange(R, dtype=jnp.int32)
+        mine = matvec.program_rows(pl.program_id(0), R)
         i = pl.program_id(1)
         start, count = start_ref[i], count_ref[i]
 
         def tile(width):
-            rows = expert_ref[i] * F + (jnp.minimum(row, F - 1) if F % R else row)
+            rows = [expert_ref[i] * F + matvec.inside(row, R, F) for row in mine]
             ns = [order_ref[start + j] for j in range(width)]
-            tokens = [n // k for n in ns]
             both = [(gate, stack_refs[:first]), (up, stack_refs[first:])]
-            gates, ups = _products(both, rows, D, tuning, x_refs, tokens, digits)
-            for j, (n, *sums) in enumerate(zip(ns, gates, ups, strict=True)):
-                lo.store(out_ref, (n, row), activation(*sums, weights_ref[n], limit), mask=(row < F) & (j < count))
+            results = _products(both, rows, D, tuning, x_refs, [n // k for n in ns], digits)
+            for row, pair in zip(mine, results, strict=True):
+                for j, (n, *sums) in enumerate(zip(ns, *pair, strict=True)):
+                    lo.store(out_ref, (n, row), activation(*sums, weights_ref[n], limit), mask=(row < F) & (j < count))
 
         _by_width(M, count, tile)
 
@@ -219,16 +223,17 @@ def grouped_down(h: Array, stack: Stack, ids: Array, tuning: lo.Tuning | None = 
 
     def kernel(order_ref, expert_ref, start_ref, count_ref, *refs):
         x_refs, stack_refs, out_ref = refs[:3], refs[3:-1], refs[-1]
-        row = pl.program_id(0) * R + jnp.arange(R, dtype=jnp.int32)
+        mine = matvec.program_rows(pl.program_id(0), R)
         i = pl.program_id(1)
         start, count = start_ref[i], count_ref[i]
 
         def tile(width):
-            rows = expert_ref[i] * D + (jnp.minimum(row, D - 1) if D % R else row)
+            rows = [expert_ref[i] * D + matvec.inside(row, R, D) for row in mine]
             ns = [order_ref[start + j] for j in range(width)]
-            (ys,) = _products([(stack, stack_refs)], rows, F, tuning, x_refs, ns, digits)
-            for j, (n, y) in enumerate(zip(ns, ys, strict=True)):
-                lo.store(out_ref, (n, row), y, mask=(row < D) & (j < count))
+            results = _products([(stack, stack_refs)], rows, F, tuning, x_refs, ns, digits)
+            for row, (ys,) in zip(mine, results, strict=True):
+                for j, (n, y) in enumerate(zip(ns, ys, strict=True)):
+                    lo.store(out_ref, (n, row), y, mask=(row < D) & (j < count))
 
         _by_width(M, count, tile)
 

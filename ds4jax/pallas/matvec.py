@@ -78,6 +78,17 @@ def _float_products(run: decode.Run, x_refs: tuple[Any, Any, Any], n: Any, place
     return jnp.sum(run.floats * x[:, None, :], axis=2) * (run.scale * scale[:, None])
 
 
+def program_rows(program: Any, R: int) -> list[Array]:
+    """The R rows of a program, each int32 [1]. One at a time, because of an array [places, rows] a compiler gives a
+    thread one row and several places, and has to pass every word of the activations from thread to thread."""
+    return [program * R + jnp.full(1, r, jnp.int32) for r in range(R)]
+
+
+def inside(row: Array, R: int, out: int) -> Array:
+    """`row`, or the last of `out` rows where programs of R rows reach past them."""
+    return jnp.minimum(row, out - 1) if out % R else row
+
+
 def row_products(
     tiles: list[tuple[str, decode.Tile, np.ndarray | None]], K: int, tuning: lo.Tuning, x_refs: tuple[Any, Any, Any],
     x_rows: list[Any], digits: int,
@@ -153,13 +164,12 @@ def matvec(
         table_ref = refs[3 + len(arrays)] if table else None
         out_ref = refs[-1]
         g = pl.program_id(1)
-        row = pl.program_id(0) * R + jnp.arange(R, dtype=jnp.int32)
-        inside = jnp.minimum(row, out - 1) if out % R else row
-        tile = decode.Tile(dict(zip(names, part_refs, strict=True)), g * out + inside, table_ref)
-        rows = [n * G + g for n in range(N)]
-        (results,) = row_products([(format, tile, codebook)], K, tuning, (words, scale, sums), rows, digits)
-        for n, y in enumerate(results):
-            lo.store(out_ref, (n * G + g, row), y, mask=row < out)
+        named, mine = dict(zip(names, part_refs, strict=True)), program_rows(pl.program_id(0), R)
+        tiles = [(format, decode.Tile(named, g * out + inside(row, R, out), table_ref), codebook) for row in mine]
+        results = row_products(tiles, K, tuning, (words, scale, sums), [n * G + g for n in range(N)], digits)
+        for row, ys in zip(mine, results, strict=True):
+            for n, y in enumerate(ys):
+                lo.store(out_ref, (n * G + g, row), y, mask=row < out)
 
     y = lo.call(
         kernel, jax.ShapeDtypeStruct((N * G, out), out_dtype), xs.words.reshape(-1, K // 4), xs.scale, xs.sums, *arrays,
