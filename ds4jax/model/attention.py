@@ -135,12 +135,24 @@ def index_scores(q: Array, w: Array, keys: Array) -> Array:
     return jnp.moveaxis(out, 0, 2).reshape(B, q.shape[1], -1)[..., :N]
 
 
-def select_entries(scores: Array, visible: Array, K: int) -> Array:
-    """The best K visible entries, the best first: scores, visible [B, Q, N] → int32 [B, Q, K], -1 where there are
-    fewer."""
-    masked = jnp.where(visible, scores, -jnp.inf)
-    best, index = jax.lax.top_k(masked, min(K, scores.shape[-1]))
-    return jnp.where(best > -jnp.inf, index, -1)
+def select_entries(
+    scores: Array, visible: Array, K: int, *, ordered: bool = True, implementation: str | None = None
+) -> Array:
+    """The best K visible entries: scores, visible [B, Q, N] → int32 [B, Q, K], -1 where there are fewer. `ordered`:
+    the best first; else in any order, which may cost less."""
+    K = min(K, scores.shape[-1])
+    masked = jnp.where(visible, jax.lax.stop_gradient(scores), -jnp.inf)
+
+    def plain():
+        best, index = jax.lax.top_k(masked, K)
+        return jnp.where(best > -jnp.inf, index, -1)
+
+    def pallas():
+        index_kernels.require_choice(K)
+        return index_kernels.best(masked.reshape(-1, masked.shape[-1]), K).reshape(*masked.shape[:-1], K)
+
+    table = {"xla": plain} if ordered else {"pallas": pallas, "xla": plain}
+    return api.run("indexer.select", table, implementation)
 
 
 def choose_entries(
@@ -333,7 +345,7 @@ class Attention(nnx.Module):
             stored = write_entries(stored, entries, index, done)
         return dataclasses.replace(cache, entries=stored, compressor=state)
 
-    def _selected(self, positions: Array, index_query, cache: LayerCache) -> tuple[list, dict[str, Array]]:
+    def _selected(self, positions: Array, index_query, cache: LayerCache, tap: Tap) -> tuple[list, dict[str, Array]]:
         """The compressed keys that queries at `positions` [B, Q] see, as `attend` takes them, and how they were chosen.
 
         The second result holds the sites "indexer.scores" and "indexer.topk", and "scores", those of the keys returned.
@@ -346,7 +358,8 @@ class Attention(nnx.Module):
         if self.ratio != 4:
             return [(everything(cache.entries), visible)], {}
         scores = index_scores(*index_query, everything(cache.index_keys))
-        topk = select_entries(scores, visible, self.config.index_topk)
+        ordered = positions.shape[1] == 1 or tap.wants("indexer.topk")  # one token has a kernel for all of this
+        topk = select_entries(scores, visible, self.config.index_topk, ordered=ordered)
         seen = {"indexer.scores": jnp.where(visible, scores, -jnp.inf), "indexer.topk": topk, "scores": scores}
         if Q > 1 and N <= self._dense_limit():  # reading all and masking costs less than gathering a set per query
             row = jnp.where(topk < 0, N, topk)
@@ -380,7 +393,7 @@ class Attention(nnx.Module):
         W, window = self.config.sliding_window, cache.window
         age = jax.lax.rem(step.start[:, None] + W - jnp.arange(W, dtype=jnp.int32), W)  # of each ring slot, in tokens
         in_window = (age <= step.start[:, None])[:, None]
-        selected, seen = self._selected(step.positions, index_query, cache)
+        selected, seen = self._selected(step.positions, index_query, cache, tap)
         sink = value(self.sink)
         if not any(tap.wants(name) for name in ("pattern", "pattern_entries", "indexer.kl")):
             shown = seen.get("indexer.topk") if any(map(tap.wants, ("indexer.scores", "indexer.topk"))) else None
@@ -443,7 +456,7 @@ class Attention(nnx.Module):
             exists = (start[:, None] + at - W + key[0]) >= 0
             mask = in_reach[None] & exists[:, None]
             positions = start[:, None] + at + query[:, 0]
-            selected, seen = self._selected(positions, index_block, cache)
+            selected, seen = self._selected(positions, index_block, cache, tap)
             o, pattern = attend(q_block, [(near, mask), *selected], sink)
             return o, self._sites(tap, selected, seen, pattern, lambda: (query + W - key[:, :W])[None])
 

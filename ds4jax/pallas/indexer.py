@@ -29,6 +29,12 @@ def require(q: Array, K: int) -> None:
         raise NotImplementedError(f"{B} slots; this kernel takes up to {MAX_SLOTS}")
     if H < 16 or H & (H - 1) or d < 16 or d & (d - 1):
         raise NotImplementedError(f"{H} heads of {d} channels are no powers of two of at least 16")
+    require_choice(K)
+
+
+def require_choice(K: int) -> None:
+    """NotImplementedError where no kernel chooses K entries."""
+    lo.require_device()
     if 2 * K > PART:
         raise NotImplementedError(f"{K} entries are more than half of {PART}")
 

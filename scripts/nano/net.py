@@ -328,16 +328,16 @@ def sinkhorn_by_parts(logits: Array, iterations: int, eps: float) -> Array:
 _original_selected = attention_module.Attention._selected
 
 
-def _selected(self, positions: Array, index_query, cache):
+def _selected(self, positions: Array, index_query, cache, tap):
     """`Attention._selected` that reads every visible entry at once when the indexer would choose them all."""
     n = cache.entries.shape[1] if self.ratio == 4 else 0
     if not n or n > self.config.index_topk or positions.shape[1] == 1:
-        return _original_selected(self, positions, index_query, cache)
+        return _original_selected(self, positions, index_query, cache, tap)
     visible = jnp.arange(n, dtype=jnp.int32) < ((positions + 1) // self.ratio)[..., None]
     return [(cache.entries, visible)], {"scores": attention_module.index_scores(*index_query, cache.index_keys)}
 
 
-def recent_entries(scores: Array, visible: Array, K: int) -> Array:
+def recent_entries(scores: Array, visible: Array, K: int, **_) -> Array:
     """In place of `attention.select_entries`: the K newest visible entries, whatever they hold."""
     count = jnp.sum(visible, axis=-1, keepdims=True, dtype=jnp.int32)  # the visible ones come first
     return jnp.maximum(count - 1 - jnp.arange(min(K, scores.shape[-1]), dtype=jnp.int32), -1)
@@ -347,8 +347,8 @@ def recent_if(condition: Array | bool):
     """A rule for `selecting`: the newest entries where `condition` (bool [], may be traced), else the indexer's."""
     chosen = attention_module.select_entries
 
-    def rule(scores: Array, visible: Array, K: int) -> Array:
-        return jnp.where(condition, recent_entries(scores, visible, K), chosen(scores, visible, K))
+    def rule(scores: Array, visible: Array, K: int, **how) -> Array:
+        return jnp.where(condition, recent_entries(scores, visible, K), chosen(scores, visible, K, **how))
 
     return rule
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ds4jax.model.attention import choose_entries
+from ds4jax.model.attention import choose_entries, select_entries
 from ds4jax.model.cache import Paged
 from ds4jax.pallas import indexer, lowering
 
@@ -67,6 +67,16 @@ def test_choice_equals_the_plain_one(rng, paged):
     plain = np.asarray(choose_entries(q, w, stored, seen, 24, implementation="xla"))
     assert [set(r) for r in ours] == [set(r) for r in plain]
     assert (plain[1] >= 0).sum() == 11
+
+
+def test_many_queries_choose_as_one_does(rng):
+    scores = jnp.asarray(rng.normal(size=(2, 5, 70)), jnp.float32)
+    visible = jnp.arange(70) < jnp.asarray([[70, 3, 0, 24, 25]] * 2)[..., None]
+    with lowering.interpreted():
+        ours = np.asarray(select_entries(scores, visible, 24, ordered=False, implementation="pallas"))
+    plain = np.asarray(select_entries(scores, visible, 24))
+    assert ours.shape == plain.shape
+    np.testing.assert_array_equal(np.sort(ours), np.sort(plain))
 
 
 def test_a_choice_has_no_gradient(rng):
