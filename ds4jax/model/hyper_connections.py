@@ -68,8 +68,7 @@ def _kernel(streams, fn, base, scale, weight, iterations, hc_eps, rms_eps):
     if B * T <= kernels.MAX_ROWS:
         return kernels.enter(streams, fn, base, scale, weight, **rules)
     z, square = _products(streams.reshape(B * T, 1, S, D), fn)
-    parts = jnp.concatenate([z, square * (S * D)], axis=-1)
-    return kernels.finish(parts, streams, base, scale, weight, **rules)
+    return kernels.finish(z, square.reshape(-1) * (S * D), streams, base, scale, weight, **rules)
 
 
 def _kernel_bwd(iterations, hc_eps, rms_eps, args, g):

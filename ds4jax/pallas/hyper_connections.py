@@ -50,15 +50,15 @@ def enter(
         fn.reshape(-1, S, D), grid=(COUNT + 1, S, R if few else -(-R // BLOCK)),
         tuning=lo.Tuning(warps=4 if D > 512 else 1, stages=1), name="hyper_mix",
     )  # fmt: skip
-    return finish(parts, streams, base, scale, weight, iterations=iterations, hc_eps=hc_eps, rms_eps=rms_eps)
+    return finish(parts, None, streams, base, scale, weight, iterations=iterations, hc_eps=hc_eps, rms_eps=rms_eps)
 
 
 def finish(
-    parts: Array, streams: Array, base: Array, scale: Array, weight: Array, *, iterations: int, hc_eps: float,
-    rms_eps: float,
+    parts: Array, squares: Array | None, streams: Array, base: Array, scale: Array, weight: Array, *, iterations: int,
+    hc_eps: float, rms_eps: float,
 ) -> tuple[Array, Array, Array, Array]:  # fmt: skip
-    """The second half of `enter`. parts: float32 [B · T, P, 25], which add up to the 24 products and the sum of
-    squares of a row; P is 1 or 4."""
+    """The second half of `enter`. parts and squares: float32 [B · T, 1, 24] and [B · T], a row's products and the sum
+    of its squares; or [B · T, 4, 25], which add up to all of them, and None."""
     B, T, S, D = streams.shape
     R = B * T
     out = [
@@ -66,7 +66,8 @@ def finish(
         *(jax.ShapeDtypeStruct((R, n), jnp.float32) for n in (S, S, S * S)),
     ]
     x, pre, post, comb = lo.call(
-        _finish(parts.shape[1], S, D, iterations, hc_eps, rms_eps), out, parts, streams.reshape(R, S, D),
+        _finish(squares is None, S, D, iterations, hc_eps, rms_eps), out, parts,
+        jnp.zeros((1,), jnp.float32) if squares is None else squares, streams.reshape(R, S, D),
         base.astype(jnp.float32), scale.astype(jnp.float32), weight, grid=(R, 2),
         tuning=lo.Tuning(warps=4, stages=1), name="hyper_enter",
     )  # fmt: skip
@@ -99,13 +100,13 @@ def _mix_block(x_ref, fn_ref, out_ref):
     lo.store(out_ref, (row, s, n), jnp.sum(total, axis=1), mask=row < R)
 
 
-def _finish(P: int, S: int, D: int, iterations: int, hc_eps: float, rms_eps: float):
-    def kernel(parts_ref, x_ref, base_ref, scale_ref, weight_ref, out_ref, pre_ref, post_ref, comb_ref):
+def _finish(in_parts: bool, S: int, D: int, iterations: int, hc_eps: float, rms_eps: float):
+    def kernel(parts_ref, squares_ref, x_ref, base_ref, scale_ref, weight_ref, out_ref, pre_ref, post_ref, comb_ref):
         r, part = pl.program_id(0), pl.program_id(1)
 
         def total(n: int) -> Array:
-            if P == 1:
-                return parts_ref[r, 0, n]
+            if not in_parts:
+                return parts_ref[r, 0, n] if n < COUNT else squares_ref[r]
             return (parts_ref[r, 0, n] + parts_ref[r, 1, n]) + (parts_ref[r, 2, n] + parts_ref[r, 3, n])
 
         inverse = lax.rsqrt(total(COUNT) / (S * D) + rms_eps)

@@ -1,7 +1,5 @@
 """The small parts against ml_dtypes and NumPy: cache rounding, Hadamard, Sinkhorn, rope, top-k, routing."""
 
-import types
-
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -10,7 +8,7 @@ import pytest
 from flax import nnx
 
 from ds4jax.model import NO_TAP, Config, layers
-from ds4jax.model.attention import Indexer, attend
+from ds4jax.model.attention import attend, select_entries
 from ds4jax.model.hyper_connections import sinkhorn
 from ds4jax.model.moe import Router
 
@@ -222,8 +220,8 @@ def test_rope_is_a_product_of_complex_numbers(shape, inverse):
 
 
 def select(scores, visible, k):
-    return np.asarray(Indexer.select(types.SimpleNamespace(K=k), jnp.asarray(scores)[None, None],
-                                     jnp.asarray(visible)[None, None]))[0, 0].tolist()  # fmt: skip
+    chosen = select_entries(jnp.asarray(scores)[None, None], jnp.asarray(visible)[None, None], k)
+    return np.asarray(chosen)[0, 0].tolist()
 
 
 def test_topk_of_visible_entries():
