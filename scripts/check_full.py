@@ -29,6 +29,7 @@ import numpy as np
 
 import ds4jax
 from ds4jax import runtime
+from ds4jax.quant import api
 from ds4jax.weights import load_arrays, open_checkpoint
 
 
@@ -124,7 +125,8 @@ def twin(args, report: Report) -> None:
     logits = []
     for device, dtype in ((jax.devices()[0], jnp.bfloat16), (jax.devices("cpu")[0], jnp.float32)):
         start = time.perf_counter()
-        with open_checkpoint(path) as ckpt, jax.default_device(device):
+        kernels = api.kernels("xla" if device.platform == "cpu" else api.chosen())
+        with open_checkpoint(path) as ckpt, jax.default_device(device), kernels:
             graphdef, state = runtime.build_model(
                 ckpt.config, load_arrays(ckpt, device, progress=False), dtype=dtype, cache_quant=False
             )

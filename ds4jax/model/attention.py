@@ -23,6 +23,7 @@ from ds4jax.model.sites import Tap
 from ds4jax.pallas import attention as kernels
 from ds4jax.pallas import indexer as index_kernels
 from ds4jax.quant import api
+from ds4jax.quant.matmul import zeros_after
 
 Array = jax.Array
 
@@ -93,7 +94,7 @@ def decode_attend(
         kernels.require(q)
         number = rows()
         store = None if stored is None else flat(stored)
-        return _attend_kernel(q, window, in_window, store, number, sink, cos, sin)
+        return api.once(_attend_kernel, q, window, in_window, store, number, sink, cos, sin)
 
     table = {"pallas": pallas, "xla": plain}
     return api.run("attention.decode", table, implementation)
@@ -149,7 +150,8 @@ def select_entries(
 
     def pallas():
         index_kernels.require_choice(K)
-        return index_kernels.best(masked.reshape(-1, masked.shape[-1]), K).reshape(*masked.shape[:-1], K)
+        flat_rows = masked.reshape(-1, masked.shape[-1])
+        return api.once(index_kernels.best, flat_rows, K).reshape(*masked.shape[:-1], K)
 
     table = {"xla": plain} if ordered else {"pallas": pallas, "xla": plain}
     return api.run("indexer.select", table, implementation)
@@ -179,8 +181,8 @@ def choose_entries(
 
     def pallas():
         index_kernels.require(q, K)
-        scores = index_kernels.scores(q, w, flat(stored), rows_of(stored, number), seen)
-        return index_kernels.best(scores, K)
+        scores = api.once(index_kernels.scores, q, w, flat(stored), rows_of(stored, number), seen)
+        return api.once(index_kernels.best, scores, K)
 
     return api.run("indexer.choose", {"pallas": pallas, "xla": plain}, implementation)
 
@@ -233,6 +235,24 @@ def divergence(pattern: Array, scores: Array, mask: Array) -> Array:
     target = target / jnp.maximum(jnp.sum(target, axis=-1, keepdims=True), 1e-30)
     log_p = jax.nn.log_softmax(jnp.where(mask, scores, NEG), axis=-1)
     return jnp.sum(jnp.where(target > 0, target * (jnp.log(jnp.maximum(target, 1e-30)) - log_p), 0), axis=-1)
+
+
+def _map(fn: Callable, n: int, group: int, after: Array):
+    """fn(0) … fn(n - 1) stacked, `group` at a time; n is a multiple of it. As `jax.lax.map`, but its results lie in
+    memory from a program's start, and these once `after` exists."""
+
+    def several(i):
+        return jax.vmap(fn)(i * group + jnp.arange(group, dtype=jnp.int32))
+
+    def turn(i, out):
+        put = lambda o, r: jax.lax.dynamic_update_slice_in_dim(o, r, i * group, 0)  # noqa: E731
+        return jax.tree.map(put, out, several(i))
+
+    if n == group:
+        return several(0)
+    shapes = jax.eval_shape(several, 0)
+    empty = jax.tree.map(lambda s: zeros_after(after, (n, *s.shape[1:]), s.dtype), shapes)
+    return jax.lax.fori_loop(0, n // group, turn, empty)
 
 
 class Attention(nnx.Module):
@@ -466,7 +486,7 @@ class Attention(nnx.Module):
         if blocks == 1:
             results = jax.tree.map(lambda a: a[None], block(0))
         else:
-            results = jax.lax.map(block, jnp.arange(blocks, dtype=jnp.int32), batch_size=group)
+            results = _map(block, blocks, group, q)
         join = lambda a: jnp.moveaxis(a, 0, 1).reshape(B, blocks * size, *a.shape[3:])[:, :T]  # noqa: E731
         o, sites = jax.tree.map(join, results)
         o = rotate(o, step.positions, jnp.asarray(self.freqs), inverse=True)

@@ -62,6 +62,11 @@ def interpreted(on: bool = True) -> Iterator[None]:
         _interpret.reset(token)
 
 
+def mode() -> bool | None:
+    """What `interpreted` was told, None where nothing was: what is traced in one mode must not serve another."""
+    return _interpret.get()
+
+
 def interpreting() -> bool:
     """Whether kernels traced now are interpreted. Compiled is the default."""
     return bool(_interpret.get())

@@ -8,11 +8,16 @@ automatic choice takes the first that does not, and says once why it passed over
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import jax
+import numpy as np
+
 from ds4jax.errors import DS4Error
+from ds4jax.pallas import lowering
 
 log = logging.getLogger("ds4jax")
 
@@ -51,6 +56,32 @@ def kernels(which: str) -> Iterator[None]:
         set_kernels(before)
 
 
+class _Array:
+    """Where an array stood among a call's arguments."""
+
+
+@functools.cache
+def _traced(fn: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.partial(jax.jit, static_argnums=(0, 1))
+    def run(rest: tuple[Any, ...], mode: tuple[Any, ...], arrays: list[Any]) -> Any:
+        given = iter(arrays)
+        return fn(*(next(given) if a is _Array else a for a in rest))
+
+    return run
+
+
+def once(fn: Callable[..., Any], *args: Any) -> Any:
+    """`fn(*args)`, traced and lowered once for all calls with arguments alike: tracing and lowering a kernel takes a
+    tenth of a second, and a model calls the same ones in every layer.
+
+    fn must be a function of a module. Arguments are arrays or trees of arrays, or hashable constants.
+    """
+    is_array = lambda a: any(isinstance(x, jax.Array | np.ndarray) for x in jax.tree.leaves(a))  # noqa: E731
+    arrays = [a for a in args if is_array(a)]
+    rest = tuple(_Array if is_array(a) else a for a in args)
+    return _traced(fn)(rest, (_kernels, lowering.mode()), arrays)
+
+
 def run(op: str, table: Mapping[str, Callable[..., Any]], implementation: str | None, *args: Any) -> Any:
     """Call `op`'s implementation called `implementation`, or when None the first in `table` that serves the call, as
     far as `set_kernels` leaves a choice.
@@ -65,7 +96,7 @@ def run(op: str, table: Mapping[str, Callable[..., Any]], implementation: str | 
     refused = []
     for name in names:
         try:
-            return table[name](*args)
+            return once(table[name], *args) if name == "pallas" and args else table[name](*args)
         except NotImplementedError as e:
             refused.append(f"{name}: {e}")
             if (op, str(e)) not in _said:

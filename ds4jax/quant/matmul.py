@@ -77,7 +77,14 @@ def packed_forward(x: jax.Array, w: QuantizedArray, out_dtype: Any) -> jax.Array
         tile = contract(x, row_tile(w, start, rows, x.dtype), (1, 1)).astype(out_dtype)
         return lax.dynamic_update_slice_in_dim(y, tile, start, 1)
 
-    return lax.fori_loop(0, count, body, jnp.zeros((x.shape[0], out), out_dtype))
+    return lax.fori_loop(0, count, body, zeros_after(x, (x.shape[0], out), out_dtype))
+
+
+def zeros_after(x: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Zeros that do not exist before x does. What waits for nothing is made at a program's start, and then the results
+    of all layers' loops lie in memory from there on."""
+    zero, _ = lax.optimization_barrier((jnp.zeros((), dtype), lax.stop_gradient(x)))
+    return jnp.broadcast_to(zero, shape)
 
 
 def packed_backward(g: jax.Array, w: QuantizedArray, dtype: Any) -> jax.Array:
@@ -107,7 +114,7 @@ def _per_group(fn, a: jax.Array, w: QuantizedArray, width: int, dtype: Any) -> j
         part = fn(lax.dynamic_index_in_dim(a, g, 1, keepdims=False), one)
         return lax.dynamic_update_index_in_dim(y, part, g, 1)
 
-    return lax.fori_loop(0, w.shape[0], body, jnp.zeros((a.shape[0], w.shape[0], width), dtype))
+    return lax.fori_loop(0, w.shape[0], body, zeros_after(a, (a.shape[0], w.shape[0], width), dtype))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
