@@ -34,8 +34,8 @@ Array = jax.Array
 class Run:
     """16 neighbouring elements of R rows at L places.
 
-    Places come first: a compiler deals the first axis to the threads of a warp before the second, so that a warp reads
-    along a row and a thread holds several rows.
+    Places come first. Kernels of bytes take rows one at a time (R = 1): a compiler deals the threads of a warp to rows
+    before places, and then activations reach most threads through shuffles.
 
     at: int32 [L], which run of its row; it holds elements 16·at … 16·at + 15.
     words: words [L, R, 4], or four arrays [L, R] of them: together 16 signed bytes in order.
