@@ -74,6 +74,7 @@ def test_batches_by_byte_products(rng, tokens, which):
     check_down(rng, tokens, ids, experts.grouped_down, BATCH, tolerance=1e-5, dtype=jnp.float32)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", [*GRIDS, "Q2_K"])
 def test_batches_by_byte_products_of_codebooks(rng, name):
     ids = choices(rng, 10)
@@ -94,7 +95,7 @@ def test_gate_and_up_of_different_formats(rng):
         check_swiglu(rng, 20, choices(rng, 20), matrix.grouped_swiglu, TILE, ("Q4_K", "Q2_K"))
 
 
-@pytest.mark.parametrize("gate, up", [("IQ2_XXS", "IQ2_XXS"), ("IQ2_XXS", "Q2_K")])
+@pytest.mark.parametrize("gate, up", [pytest.param("IQ2_XXS", "IQ2_XXS", marks=pytest.mark.full), ("IQ2_XXS", "Q2_K")])
 def test_experts_loaded_ahead(rng, gate, up):
     few, batch, tile = (dataclasses.replace(t, ahead=1) for t in (SMALL, BATCH, TILE))
     check_swiglu(rng, 2, choices(rng, 2), experts.swiglu, few, (gate, up))

@@ -39,7 +39,9 @@ def test_one_row_of_every_format(rng, name):
     assert error(few(x, w, tuning=lowering.Tuning(rows=8, units=16)), plain(x, w)) < 1e-4
 
 
-@pytest.mark.parametrize("name", [*PUBLISHED, "Q6_K", "IQ3_S", "MXFP4", "FP8_128"])
+@pytest.mark.parametrize(
+    "name", [*PUBLISHED, *(pytest.param(f, marks=pytest.mark.full) for f in ("Q6_K", "IQ3_S", "MXFP4", "FP8_128"))]
+)
 def test_many_rows(rng, name):
     w, x = weight(rng, name, (19, 768)), activations(rng, (21, 768))
     assert error(many(x, w), plain(x, w)) < 2e-3
@@ -74,7 +76,8 @@ def test_shapes(rng, name, rows, out, K):
 
 
 @pytest.mark.parametrize("name, K, units, steps", [
-    ("Q2_K", 256, 4, 1), ("IQ2_XXS", 512, 8, 2), ("Q2_K", 1280, 4, 5), ("IQ2_XXS", 768, 16, 2), ("Q2_K", 768, 8, 2),
+    ("Q2_K", 256, 4, 1), pytest.param("IQ2_XXS", 512, 8, 2, marks=pytest.mark.full), ("Q2_K", 1280, 4, 5),
+    pytest.param("IQ2_XXS", 768, 16, 2, marks=pytest.mark.full), ("Q2_K", 768, 8, 2),
 ])  # fmt: skip
 def test_loaded_ahead(rng, name, K, units, steps):
     # 768 elements: the last step's units are partly past the end
