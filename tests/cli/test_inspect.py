@@ -43,7 +43,7 @@ def test_text(cli, random_gguf):
 
 
 def test_memory_that_is_too_small(cli, random_gguf):
-    assert "does not fit 512.00 MiB; not even the weights fit." in cli("inspect", random_gguf, "--memory", 0.5).out
+    assert "does not fit 10.49 KiB; not even the weights fit." in cli("inspect", random_gguf, "--memory", 1e-5).out
     assert "fits 2.00 GiB; the largest context that fits is 4096." in cli("inspect", random_gguf, "--memory", 2).out
 
 
