@@ -7,6 +7,7 @@ the lightning indexer scores highest.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -120,6 +121,52 @@ def _attend_kernel(q, window, in_window, stored, rows, sink, cos, sin):
 _attend_kernel.defvjp(lambda *args: (_attend_kernel(*args), args), lambda args, g: jax.vjp(_attend_rows, *args)[1](g))
 
 
+def _near(keys: Array, start: Array, at: Array | int, size: int, W: int) -> tuple[Array, Array]:
+    """The keys [B, size + W, d] around queries `at` … `at` + size - 1 of keys [B, W + T, d], of which key i is at
+    position start - W + i, and which of them each query sees [B, size, size + W]: itself and the W - 1 before it."""
+    near = jax.lax.dynamic_slice_in_dim(keys, at, size + W, axis=1)
+    query = jnp.arange(size, dtype=jnp.int32)[:, None]
+    key = jnp.arange(size + W, dtype=jnp.int32)[None]
+    in_reach = (key > query) & (key <= query + W)
+    exists = (start[:, None] + at - W + key[0]) >= 0
+    return near, in_reach[None] & exists[:, None]
+
+
+def _attend_many_rows(q, keys, start, entries, rows, sink, cos, sin, ratio):
+    """What the kernel `many` computes, in plain JAX."""
+    T, W = q.shape[1], keys.shape[1] - q.shape[1]
+    size = min(QUERY_BLOCK, T)
+    pad = -T % size
+    padded = lambda a: jnp.pad(a, [(0, 0), (0, pad)] + [(0, 0)] * (a.ndim - 2))  # noqa: E731
+    q, keys = padded(q), padded(keys)
+    rows = None if rows is None else padded(rows)
+
+    @jax.checkpoint
+    def block(at):
+        cut = lambda a: jax.lax.dynamic_slice_in_dim(a, at, size, axis=1)  # noqa: E731
+        parts = [_near(keys, start, at, size, W)]
+        if entries is not None:
+            finished = jax.lax.div(start[:, None] + at + jnp.arange(1, size + 1, dtype=jnp.int32), ratio)
+            visible = jnp.arange(entries.shape[1], dtype=jnp.int32) < finished[..., None]
+            parts.append((entries, visible) if rows is None else (pick(entries, cut(rows)), cut(rows) >= 0))
+        return attend(cut(q), parts, sink)[0]
+
+    o = jax.lax.map(block, jnp.arange(0, T + pad, size, dtype=jnp.int32))
+    o = jnp.moveaxis(o, 0, 1).reshape(q.shape)[:, :T]
+    return turn(o, cos[:, :, None], sin[:, :, None], inverse=True)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(8,))
+def _attend_many_kernel(q, keys, start, entries, rows, sink, cos, sin, ratio):
+    return kernels.many(q, keys, start, entries, rows, sink, cos, sin, ratio)
+
+
+_attend_many_kernel.defvjp(
+    lambda *args: (_attend_many_kernel(*args), args[:-1]),
+    lambda ratio, args, g: jax.vjp(functools.partial(_attend_many_rows, ratio=ratio), *args)[1](g),
+)
+
+
 def index_scores(q: Array, w: Array, keys: Array) -> Array:
     """Σ_h w[h] · relu(q[h] · k): q [B, Q, Hi, di], w [B, Q, Hi], keys [B, N, di] → float32 [B, Q, N]."""
 
@@ -137,12 +184,14 @@ def index_scores(q: Array, w: Array, keys: Array) -> Array:
 
 
 def select_entries(
-    scores: Array, visible: Array, K: int, *, ordered: bool = True, implementation: str | None = None
+    scores: Array, visible: Array | None, K: int, *, ordered: bool = True, implementation: str | None = None
 ) -> Array:
-    """The best K visible entries: scores, visible [B, Q, N] → int32 [B, Q, K], -1 where there are fewer. `ordered`:
-    the best first; else in any order, which may cost less."""
+    """The best K visible entries: scores, visible [B, Q, N] → int32 [B, Q, K], -1 where there are fewer. visible None:
+    those with a score above -inf. `ordered`: the best first; else in any order, which may cost less."""
     K = min(K, scores.shape[-1])
-    masked = jnp.where(visible, jax.lax.stop_gradient(scores), -jnp.inf)
+    masked = jax.lax.stop_gradient(scores)
+    if visible is not None:
+        masked = jnp.where(visible, masked, -jnp.inf)
 
     def plain():
         best, index = jax.lax.top_k(masked, K)
@@ -172,8 +221,9 @@ def choose_entries(
       int32 [B, min(K, N)], -1 where there are fewer. No gradient passes.
     """
     q, w, stored = jax.lax.stop_gradient((q, w, stored))
-    K = min(K, stored.shape[1])
     number = jnp.arange(stored.shape[1], dtype=jnp.int32)
+    if len(number) <= K:  # all of them
+        return jnp.where(number < seen[:, None], number, -1)
 
     def plain():
         scores = index_scores(q[:, None], w[:, None], everything(stored))
@@ -185,6 +235,53 @@ def choose_entries(
         return api.once(index_kernels.best, scores, K)
 
     return api.run("indexer.choose", {"pallas": pallas, "xla": plain}, implementation)
+
+
+def choose_entries_many(
+    q: Array, w: Array, keys: Array, start: Array, K: int, ratio: int, implementation: str | None = None
+) -> Array:
+    """As `choose_entries` for many tokens a slot.
+
+    Args:
+      q: [B, T, Hi, di] and w: float32 [B, T, Hi].
+      keys: [B, N, di], one for `ratio` tokens.
+      start: int32 [B], the first token's position.
+      K: how many to choose.
+
+    Returns:
+      int32 [B, T, min(K, N)], -1 last. No gradient passes.
+    """
+    q, w, keys = jax.lax.stop_gradient((q, w, keys))
+    B, T = q.shape[:2]
+    N = keys.shape[1]
+    blocks = -(-T // max(1, SCORE_BYTES // (4 * B * N)))
+    size = -(-T // blocks)
+    pad = [(0, 0), (0, blocks * size - T), (0, 0)]
+    q, w = jnp.pad(q, [*pad, (0, 0)]), jnp.pad(w, pad)
+
+    def block(i):
+        at = i * size
+        q_block, w_block = (jax.lax.dynamic_slice_in_dim(a, at, size, axis=1) for a in (q, w))
+
+        def plain():
+            finished = jax.lax.div(start[:, None] + at + jnp.arange(1, size + 1, dtype=jnp.int32), ratio)
+            visible = jnp.arange(N, dtype=jnp.int32) < finished[..., None]
+            return jnp.where(visible, index_scores(q_block, w_block, keys), -jnp.inf)
+
+        def pallas():
+            index_kernels.require_many(q)
+            return api.once(index_kernels.scores_many, q_block, w_block, keys, start + at, ratio)
+
+        scores = api.run("indexer.scores", {"pallas": pallas, "xla": plain}, implementation)
+        return select_entries(scores, None, K, ordered=False, implementation=implementation)
+
+    chosen = _map(block, blocks, 1, q)
+    return jnp.moveaxis(chosen, 0, 1).reshape(B, blocks * size, -1)[:, :T]
+
+
+def dense_limit(config: Config) -> int:
+    """Up to how many entries a prefill of a CSA layer in plain JAX reads all of them and masks."""
+    return max(4 * config.index_topk, 1024)
 
 
 class Indexer(nnx.Module):
@@ -381,16 +478,12 @@ class Attention(nnx.Module):
         ordered = positions.shape[1] == 1 or tap.wants("indexer.topk")  # one token has a kernel for all of this
         topk = select_entries(scores, visible, self.config.index_topk, ordered=ordered)
         seen = {"indexer.scores": jnp.where(visible, scores, -jnp.inf), "indexer.topk": topk, "scores": scores}
-        if Q > 1 and N <= self._dense_limit():  # reading all and masking costs less than gathering a set per query
+        if Q > 1 and N <= dense_limit(self.config):  # reading all and masking costs less than gathering a set per query
             row = jnp.where(topk < 0, N, topk)
             chosen = jax.vmap(jax.vmap(lambda r: jnp.zeros((N,), bool).at[r].set(True, mode="drop")))(row)
             return [(everything(cache.entries), chosen)], seen
         seen["scores"] = jnp.take_along_axis(scores, jnp.maximum(topk, 0), axis=-1)
         return [(pick(cache.entries, topk), topk >= 0)], seen  # [B, Q, K, d]
-
-    def _dense_limit(self) -> int:
-        """Up to how many entries a prefill of a CSA layer reads all of them and masks."""
-        return max(4 * self.config.index_topk, 1024)
 
     def _floats_per_query(self, size: int, cache: LayerCache) -> int:
         """About how many float32 a query of a block of `size` needs at once: the attention's, or the indexer's."""
@@ -401,7 +494,7 @@ class Attention(nnx.Module):
         B, N = cache.entries.shape[:2]
         if self.ratio != 4:
             return near + c.num_attention_heads * N
-        if N <= self._dense_limit():
+        if N <= dense_limit(self.config):
             far = c.num_attention_heads * N
         else:
             far = c.index_topk * (c.num_attention_heads + c.head_dim)
@@ -446,14 +539,46 @@ class Attention(nnx.Module):
         return jnp.where(index < 0, -1, rows_of(cache.entries, jnp.maximum(index, 0)))
 
     def _prefill(self, q, kv, index_query, step, cache, tap):
-        """Many tokens a slot, in blocks of queries: each block sees W earlier keys, its own, and its entries."""
-        W = self.config.sliding_window
-        B, T, H, d = q.shape
+        """Many tokens a slot."""
+        W, freqs = self.config.sliding_window, jnp.asarray(self.freqs)
         start, n_valid = step.start, step.n_valid
         # earlier keys in order of position: start - W … start - 1
         order = jax.lax.rem(start[:, None] + jnp.arange(W, dtype=jnp.int32), W)
         before = jnp.take_along_axis(cache.window, order[..., None], axis=1).astype(kv.dtype)
         keys = jnp.concatenate([before, kv], axis=1)  # [B, W + T, d], index i at position start - W + i
+        if self.ratio:  # pages are put together once for all
+            keys_of_entries = None if cache.index_keys is None else everything(cache.index_keys)
+            cache = dataclasses.replace(cache, entries=everything(cache.entries), index_keys=keys_of_entries)
+
+        def pallas():
+            if any(map(tap.wants, ("pattern", "pattern_entries", "indexer.scores", "indexer.topk", "indexer.kl"))):
+                raise NotImplementedError("somebody looks at what is inside attention")
+            kernels.require_many(q)
+            rows, K = None, self.config.index_topk
+            if self.ratio == 4 and cache.entries.shape[1] > K:
+                rows = choose_entries_many(*index_query, cache.index_keys, start, K, self.ratio)
+            entries = cache.entries if self.ratio else None
+            cos_sin = angles(step.positions, freqs)
+            sink = value(self.sink)
+            return api.once(_attend_many_kernel, q, keys, start, entries, rows, sink, *cos_sin, self.ratio), {}
+
+        def plain():
+            o, sites = self._in_blocks(q, keys, index_query, start, cache, tap)
+            return rotate(o, step.positions, freqs, inverse=True), sites
+
+        o, sites = api.run("attention.prefill", {"pallas": pallas, "xla": plain}, None)
+        for name, array in sites.items():
+            tap(name, array)
+        # ring slot i takes the newest position ≡ i (mod W); older ones were overwritten
+        last = start + n_valid - 1
+        newest = last[:, None] - jax.lax.rem(last[:, None] + W - jnp.arange(W, dtype=jnp.int32), W)
+        window = jnp.take_along_axis(keys, (newest - start[:, None] + W)[..., None], axis=1)
+        return o, window.astype(cache.window.dtype)
+
+    def _in_blocks(self, q, keys, index_query, start, cache, tap):
+        """Blocks of queries in plain JAX: each sees W earlier keys, its own, and its entries."""
+        W = self.config.sliding_window
+        B, T, H, d = q.shape
         size = min(QUERY_BLOCK, T)
         blocks = -(-T // size)
         pad = blocks * size - T
@@ -461,24 +586,17 @@ class Attention(nnx.Module):
         keys_padded = padded(keys, pad)
         queries = jax.tree.map(lambda a: padded(a, pad), (q, index_query))
         sink = value(self.sink)
-        if self.ratio:  # pages are put together once for all blocks
-            keys_of_entries = None if cache.index_keys is None else everything(cache.index_keys)
-            cache = dataclasses.replace(cache, entries=everything(cache.entries), index_keys=keys_of_entries)
 
         def block(i):
             at = i * size
             cut = lambda a: jax.lax.dynamic_slice_in_dim(a, at, size, axis=1)  # noqa: E731
             q_block, index_block = jax.tree.map(cut, queries)
-            near = jax.lax.dynamic_slice_in_dim(keys_padded, at, size + W, axis=1)
-            query = jnp.arange(size, dtype=jnp.int32)[:, None]
-            key = jnp.arange(size + W, dtype=jnp.int32)[None]
-            in_reach = (key > query) & (key <= query + W)  # the token itself and W - 1 before it
-            exists = (start[:, None] + at - W + key[0]) >= 0
-            mask = in_reach[None] & exists[:, None]
-            positions = start[:, None] + at + query[:, 0]
+            positions = start[:, None] + at + jnp.arange(size, dtype=jnp.int32)
             selected, seen = self._selected(positions, index_block, cache, tap)
-            o, pattern = attend(q_block, [(near, mask), *selected], sink)
-            return o, self._sites(tap, selected, seen, pattern, lambda: (query + W - key[:, :W])[None])
+            o, pattern = attend(q_block, [_near(keys_padded, start, at, size, W), *selected], sink)
+            # of query i, the key j tokens back
+            back = lambda: W + jnp.arange(size)[None, :, None] - jnp.arange(W)[None, None]  # noqa: E731
+            return o, self._sites(tap, selected, seen, pattern, back)
 
         group = max(1, min(blocks, SCORE_BYTES // (4 * B * size * self._floats_per_query(size, cache))))
         while blocks % group:  # whole groups, so that one program serves all
@@ -488,15 +606,7 @@ class Attention(nnx.Module):
         else:
             results = _map(block, blocks, group, q)
         join = lambda a: jnp.moveaxis(a, 0, 1).reshape(B, blocks * size, *a.shape[3:])[:, :T]  # noqa: E731
-        o, sites = jax.tree.map(join, results)
-        o = rotate(o, step.positions, jnp.asarray(self.freqs), inverse=True)
-        for name, array in sites.items():
-            tap(name, array)
-        # ring slot i takes the newest position ≡ i (mod W); older ones were overwritten
-        last = start + n_valid - 1
-        newest = last[:, None] - jax.lax.rem(last[:, None] + W - jnp.arange(W, dtype=jnp.int32), W)
-        window = jnp.take_along_axis(keys, (newest - start[:, None] + W)[..., None], axis=1)
-        return o, window.astype(cache.window.dtype)
+        return jax.tree.map(join, results)
 
     @staticmethod
     def _sites(tap: Tap, selected: list, seen: dict[str, Array], pattern: Array, back) -> dict[str, Array]:

@@ -1,7 +1,8 @@
-"""Attention of one token a slot over its window and its compressed entries, in two launches.
+"""Attention over a token's window and its compressed entries, which are read from where they are stored.
 
-The first kernel spreads blocks of keys over the device; entries are read from where they are stored, through their
-numbers. The second joins the parts and the sink. (Flash decoding: T. Dao et al., 2023.)
+One token a slot takes two launches: the first spreads blocks of keys over the device, the second joins the parts and
+the sink. (Flash decoding: T. Dao et al., 2023.) Many tokens a slot take one: all heads of a token, which share their
+keys, are the rows of a product, so that every token may read entries of its own.
 """
 
 from __future__ import annotations
@@ -146,6 +147,104 @@ def decode(
     return lo.call(
         join, jax.ShapeDtypeStruct((B, H, d), q.dtype), *parts, sink, cos, sin, grid=(B, H, d // (2 * pairs)),
         tuning=lo.Tuning(warps=1, stages=1), name="decode_attention_join",
+    )  # fmt: skip
+
+
+def require_many(q: Array) -> None:
+    """NotImplementedError where no kernel serves many queries a slot [B, T, H, d]."""
+    require(q)
+    if q.dtype != jnp.bfloat16:
+        raise NotImplementedError(f"attention of many tokens takes bfloat16, not {q.dtype}")
+    if q.shape[-1] > 512:
+        raise NotImplementedError(f"heads of {q.shape[-1]} channels; attention of many tokens takes up to 512")
+
+
+def _many_tuning() -> lo.Tuning:
+    """rows: keys multiplied at once. Of those and the queries a Hopper's multiprocessor holds several blocks, a small
+    Ampere's hardly one."""
+    return lo.Tuning(rows=64, warps=8, stages=2) if lo.capability() >= 9 else lo.Tuning(rows=16, warps=8, stages=1)
+
+
+def many(
+    q: Array, keys: Array, start: Array, entries: Array | None, rows: Array | None, sink: Array, cos: Array, sin: Array,
+    ratio: int, tuning: lo.Tuning | None = None,
+) -> Array:  # fmt: skip
+    """Attention of T tokens a slot.
+
+    Args:
+      q: bfloat16 [B, T, H, d], token t of slot b at position start[b] + t.
+      keys: [B, W + T, d], key i at position start[b] - W + i; a token sees itself and W - 1 before it.
+      start: int32 [B].
+      entries: [B, N, d], an entry for `ratio` tokens, or None.
+      rows: int32 [B, T, K], the entries a token reads, -1 after the last; None: all that are finished at its position.
+      sink: [H].
+      cos, sin: [B, T, r/2], by which the last channels of a result are turned back.
+
+    Returns:
+      [B, T, H, d]. NotImplementedError where no kernel serves the call.
+    """
+    require_many(q)
+    B, T, H, d = q.shape
+    W, N = keys.shape[1] - T, 0 if entries is None else entries.shape[1]
+    K = N if rows is None else rows.shape[2]
+    tuning = tuning or _many_tuning()
+    block = min(tuning.rows, max(16, 1 << (W - 1).bit_length()))
+    heads = max(HEADS, min(64, 1 << (H - 1).bit_length()))
+    given = [a for a in (entries, rows) if a is not None]
+
+    def kernel(q_ref, keys_ref, start_ref, sink_ref, cos_ref, sin_ref, *refs):
+        b, t = pl.program_id(0) // T, pl.program_id(0) % T
+        head = pl.program_id(1) * heads + jnp.arange(heads, dtype=jnp.int32)
+        c = jnp.arange(d, dtype=jnp.int32)[None]
+        some = jnp.minimum(head, H - 1)
+        queries = lo.load(q_ref, (b, t, some[:, None], c))
+        position = start_ref[b] + t
+
+        def attended(keys, live, carry):
+            peak, total, acc = carry
+            keys = keys.astype(q.dtype)
+            s = jnp.where(live[None], lo.matrix_product(queries, keys) * d**-0.5, NEG)
+            top = jnp.maximum(peak, jnp.max(s, axis=1))
+            p = jnp.exp(s - top[:, None])
+            fade = jnp.exp(peak - top)
+            return top, total * fade + jnp.sum(p, axis=1), acc * fade[:, None] + _product(p.astype(q.dtype), keys)
+
+        def near(i, carry):
+            j = i * block + jnp.arange(block, dtype=jnp.int32)
+            live = (j < W) & (position - W + 1 + j >= 0)
+            return attended(lo.load(keys_ref, (b, (t + 1 + jnp.minimum(j, W - 1))[:, None], c)), live, carry)
+
+        def far(i, carry):
+            j = i * block + jnp.arange(block, dtype=jnp.int32)
+            live, row = j < count, jnp.minimum(j, K - 1)
+            if rows is not None:
+                row = lo.load(refs[1], (b, t, row))
+                live &= row >= 0
+            return attended(lo.load(refs[0], (b, jnp.maximum(row, 0)[:, None], c)), live, carry)
+
+        # the sink is a score of nothing
+        zero = jnp.zeros((heads,), jnp.float32)
+        carry = zero + lo.load(sink_ref, (some,)).astype(jnp.float32), zero + 1, jnp.zeros((heads, d), jnp.float32)
+        carry = lo.loop(-(-W // block), near, carry)
+        if entries is not None:
+            count = jnp.minimum(lax.div(position + 1, ratio), K)
+            carry = lax.fori_loop(0, lax.div(count + block - 1, block), far, carry)
+        _, total, acc = carry
+        out_ref, mine = refs[-1], (head < H)[:, None]
+        lo.store(out_ref, (b, t, head[:, None], c), acc / total[:, None], mask=mine & (c >= 0))
+        # pairs of channels lie in different threads: they meet where the result is
+        lo.threads_meet()
+        pair = jnp.arange(cos.shape[-1], dtype=jnp.int32)[None]
+        places = [(b, t, some[:, None], d - 2 * cos.shape[-1] + 2 * pair + i) for i in range(2)]
+        even, odd = (lo.load(out_ref, place).astype(jnp.float32) for place in places)
+        lo.threads_meet()
+        x, y = lo.load(cos_ref, (b, t, pair)), lo.load(sin_ref, (b, t, pair))
+        for place, turned in zip(places, (even * x + odd * y, odd * x - even * y), strict=True):
+            lo.store(out_ref, place, turned, mask=mine & (pair >= 0))
+
+    return lo.call(
+        kernel, jax.ShapeDtypeStruct(q.shape, q.dtype), q, keys, start, sink, cos, sin, *given, grid=(B * T, -(-H // heads)),
+        tuning=tuning, name="attention_many",
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The lightning indexer for one token a slot: scores of all entries in one launch, the K best of them in another.
+"""The lightning indexer: scores of all entries in one launch, the K best of them in another.
 
 The best are found by their K-th score, bit by bit, and written in order of their place; nothing is sorted. More entries
 than a program holds are cut into parts, whose K best are what the next launch chooses from.
@@ -19,6 +19,7 @@ KEYS = 64  # entries that a program scores
 PART = 8192  # entries that a program chooses from
 STEP = 2  # bits of the K-th score found at a time
 MAX_SLOTS = 256
+QUERIES = 16  # of one slot that a program scores its entries for, one after the other
 
 
 def require(q: Array, K: int) -> None:
@@ -27,9 +28,19 @@ def require(q: Array, K: int) -> None:
     B, H, d = q.shape
     if B > MAX_SLOTS:
         raise NotImplementedError(f"{B} slots; this kernel takes up to {MAX_SLOTS}")
+    _require_heads(H, d)
+    require_choice(K)
+
+
+def require_many(q: Array) -> None:
+    """NotImplementedError where no kernel serves many queries a slot [B, T, H, d]."""
+    lo.require_device()
+    _require_heads(*q.shape[2:])
+
+
+def _require_heads(H: int, d: int) -> None:
     if H < 16 or H & (H - 1) or d < 16 or d & (d - 1):
         raise NotImplementedError(f"{H} heads of {d} channels are no powers of two of at least 16")
-    require_choice(K)
 
 
 def require_choice(K: int) -> None:
@@ -66,10 +77,52 @@ def scores(q: Array, weights: Array, keys: Array, rows: Array, visible: Array) -
     )  # fmt: skip
 
 
+def scores_many(q: Array, weights: Array, keys: Array, first: Array, ratio: int) -> Array:
+    """As `scores` for many queries a slot: q [B, T, H, d], weights float32 [B, T, H], keys [B, N, d] → float32
+    [B, T, N], -inf where an entry, one for `ratio` tokens, is not finished at position first[b] + t."""
+    B, T, H, d = q.shape
+    N = keys.shape[1]
+    queries = min(QUERIES, T)
+
+    def kernel(q_ref, weights_ref, keys_ref, first_ref, out_ref):
+        tiles = -(-T // queries)
+        b, begin = pl.program_id(0) // tiles, pl.program_id(0) % tiles * queries
+        i = pl.program_id(1) * KEYS + jnp.arange(KEYS, dtype=jnp.int32)
+        h, c = jnp.arange(H, dtype=jnp.int32), jnp.arange(d, dtype=jnp.int32)[None]
+        exists, position = i < N, first_ref[b]
+        last = lax.div(position + jnp.minimum(begin + queries, T), ratio)
+        seen_by_any = pl.program_id(1) * KEYS < last
+
+        @pl.when(seen_by_any)
+        def _():
+            key = lo.load(keys_ref, (b, jnp.minimum(i, N - 1)[:, None], c)).astype(q.dtype)
+
+            def one(n, carry):
+                t = jnp.minimum(begin + n, T - 1)  # the last tile's last query, once more
+                product = lo.matrix_product(key, lo.load(q_ref, (b, t, h[:, None], c)))
+                s = jnp.sum(jnp.maximum(product, 0) * lo.load(weights_ref, (b, t, h))[None], axis=1)
+                s = jnp.where(i < lax.div(position + t + 1, ratio), s, -jnp.inf)
+                lo.store(out_ref, (b, t, i), s, mask=exists)
+                return carry
+
+            lo.loop(queries, one, 0)
+
+        @pl.when(~seen_by_any)
+        def _():
+            t = jnp.minimum(begin + jnp.arange(queries, dtype=jnp.int32), T - 1)
+            nothing = jnp.full((queries, KEYS), -jnp.inf, jnp.float32)
+            lo.store(out_ref, (b, t[:, None], i[None]), nothing, mask=exists[None] & (t >= 0)[:, None])
+
+    return lo.call(
+        kernel, jax.ShapeDtypeStruct((B, T, N), jnp.float32), q, weights, keys, first,
+        grid=(B * -(-T // queries), -(-N // KEYS)), tuning=lo.Tuning(warps=4, stages=2), name="index_scores_many",
+    )  # fmt: skip
+
+
 def best(values: Array, K: int) -> Array:
     """Where the K largest of values float32 [B, N] are, in order, the first of equals: int32 [B, K], -1 for -inf."""
     B, N = values.shape
-    places = jnp.broadcast_to(jnp.arange(N, dtype=jnp.int32), (B, N))
+    places = None
     while N > PART:
         parts = -(-N // PART)
         values, places = _best(values, places, K, parts)
@@ -78,13 +131,15 @@ def best(values: Array, K: int) -> Array:
     return _best(values, places, K, 1)[1][:, 0]
 
 
-def _best(values: Array, places: Array, K: int, parts: int) -> tuple[Array, Array]:
-    """The K best of each of `parts` equal parts of [B, N]: values and places [B, parts, K]."""
+def _best(values: Array, places: Array | None, K: int, parts: int) -> tuple[Array, Array]:
+    """The K best of each of `parts` equal parts of [B, N]: values and places [B, parts, K]. places: [B, N], where the
+    values were at first; None: where they are."""
     B, N = values.shape
     each = -(-N // parts)
     width = 1 << max(7, (each - 1).bit_length())
 
-    def kernel(values_ref, places_ref, out_ref, out_places_ref):
+    def kernel(values_ref, *refs):
+        *places_ref, out_ref, out_places_ref = refs
         b, part = pl.program_id(0), pl.program_id(1)
         n = jnp.arange(width, dtype=jnp.int32)
         at = part * each + n
@@ -113,11 +168,12 @@ def _best(values: Array, places: Array, K: int, parts: int) -> tuple[Array, Arra
         to = rank_above + jnp.minimum(rank_equal, room) - 1
         to = jnp.where(taken, to, 0)
         lo.store(out_ref, (b, part, to), x, mask=taken)
-        place = jnp.where(x > -jnp.inf, lo.load(places_ref, (b, at)), -1)
+        place = jnp.where(x > -jnp.inf, at if places is None else lo.load(places_ref[0], (b, at)), -1)
         lo.store(out_places_ref, (b, part, to), place, mask=taken)
 
     shapes = [((B, parts, K), jnp.float32), ((B, parts, K), jnp.int32)]
     return lo.call(
-        kernel, [jax.ShapeDtypeStruct(*s) for s in shapes], values, places, grid=(B, parts),
+        kernel, [jax.ShapeDtypeStruct(*s) for s in shapes], values, *([] if places is None else [places]),
+        grid=(B, parts),
         tuning=lo.Tuning(warps=max(4, min(16, width // 256)), stages=1), name="index_best",
     )  # fmt: skip

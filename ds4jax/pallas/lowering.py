@@ -80,14 +80,19 @@ def device_reason() -> str | None:
         return f"kernels are for NVIDIA GPUs, not {device.platform}"
     if "rocm" in getattr(device.client, "platform_version", "").lower():
         return "kernels are not tried on AMD yet"
-    capability = float(getattr(device, "compute_capability", 0) or 0)
-    if capability < MIN_CAPABILITY:
-        return f"{device.device_kind} has compute capability {capability}; kernels need {MIN_CAPABILITY}"
+    if capability() < MIN_CAPABILITY:
+        return f"{device.device_kind} has compute capability {capability()}; kernels need {MIN_CAPABILITY}"
     try:
         _triton()
     except ImportError as e:
         return f"this JAX has no Triton lowering of Pallas: {e}"
     return None
+
+
+def capability() -> float:
+    """Compute capability of JAX's default device; where that is no NVIDIA GPU, Hopper's: kernels are then interpreted,
+    or compiled for a device that is elsewhere."""
+    return float(getattr(jax.devices()[0], "compute_capability", None) or 9.0)
 
 
 def require_device() -> None:
@@ -181,6 +186,12 @@ def store(ref: Any, index: tuple[Any, ...], value: Array, *, mask: Array | None 
 def loads_first() -> None:
     """Loads before this are issued before anything after it: otherwise an assembler, which saves registers, puts off
     those whose results are wanted last. The threads of a program meet here, but do not wait for what is loaded."""
+    if not interpreting():
+        _triton().debug_barrier()
+
+
+def threads_meet() -> None:
+    """What a program's threads have stored before this, all of them can load after it."""
     if not interpreting():
         _triton().debug_barrier()
 

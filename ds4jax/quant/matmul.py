@@ -21,6 +21,9 @@ from ds4jax.quant.decode import dequantize, grid, iq4_values
 
 # Elements of a packed weight that are expanded at a time: 32 MiB in float32, one expert matrix of Flash.
 TILE = 2**23
+# In half precision, which is a GPU's, four times as many: 64 MiB, any matrix of Flash but its output head. Loops over
+# smaller tiles cost a GPU more than the products of many tokens that they feed: copies, launches, results in pieces.
+WIDE = 4
 
 
 def as_jax(w: Any) -> Any:
@@ -50,9 +53,15 @@ def _plain(x: jax.Array, w: jax.Array, out_dtype: Any) -> jax.Array:
     return jnp.moveaxis(y, 0, -2).astype(out_dtype)
 
 
-def tiles(out: int, n: int) -> tuple[int, int]:
-    """(number of tiles, rows of a tile) for a packed [out, n] matrix. The last tile may overlap the one before."""
-    count = -(-out // max(1, TILE // n))
+def tile_size(dtype: Any) -> int:
+    """Elements of a tile of a weight expanded to `dtype`."""
+    return TILE if np.dtype(dtype).itemsize > 2 else WIDE * TILE
+
+
+def tiles(out: int, n: int, dtype: Any) -> tuple[int, int]:
+    """(number of tiles, rows of a tile) for a packed [out, n] matrix expanded to `dtype`. The last tile may overlap the
+    one before."""
+    count = -(-out // max(1, tile_size(dtype) // n))
     rows = -(-out // count)
     if count > 1:
         rows = min(out, -(-rows // 8) * 8)
@@ -68,7 +77,7 @@ def row_tile(w: QuantizedArray, start: Any, rows: int, dtype: Any) -> jax.Array:
 def packed_forward(x: jax.Array, w: QuantizedArray, out_dtype: Any) -> jax.Array:
     """x[N, in] · w[out, in]ᵀ → [N, out], one tile of rows at a time. Not differentiable."""
     out, n = w.shape
-    count, rows = tiles(out, n)
+    count, rows = tiles(out, n, x.dtype)
     if count == 1:
         return contract(x, dequantize(w, x.dtype), (1, 1)).astype(out_dtype)
 
@@ -90,7 +99,7 @@ def zeros_after(x: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
 def packed_backward(g: jax.Array, w: QuantizedArray, dtype: Any) -> jax.Array:
     """g[N, out] · w[out, in] → float32 [N, in], decoding as `packed_forward` does for activations of `dtype`."""
     out, n = w.shape
-    count, rows = tiles(out, n)
+    count, rows = tiles(out, n, dtype)
     g = g.astype(dtype)
     if count == 1:
         return contract(g, dequantize(w, dtype), (1, 0))
@@ -104,9 +113,9 @@ def packed_backward(g: jax.Array, w: QuantizedArray, dtype: Any) -> jax.Array:
     return lax.fori_loop(0, count, body, jnp.zeros((g.shape[0], n), jnp.float32))
 
 
-def _per_group(fn, a: jax.Array, w: QuantizedArray, width: int, dtype: Any) -> jax.Array:
+def _per_group(fn, a: jax.Array, w: QuantizedArray, width: int, dtype: Any, weight_dtype: Any) -> jax.Array:
     """Apply fn(a[:, g], w[g]) → [N, width] for every group g of a packed stack: [N, G, width]."""
-    if w.size <= TILE:
+    if w.size <= tile_size(weight_dtype):
         return jax.vmap(fn, in_axes=(1, 0), out_axes=1)(a, w)
 
     def body(g, y):
@@ -122,7 +131,7 @@ def _packed(x: jax.Array, w: QuantizedArray, out_dtype: Any) -> jax.Array:
     # x: [N, in] for w [out, in], [N, G, in] for w [G, out, in].
     if w.ndim == 2:
         return packed_forward(x, w, out_dtype)
-    return _per_group(lambda a, one: packed_forward(a, one, out_dtype), x, w, w.shape[1], out_dtype)
+    return _per_group(lambda a, one: packed_forward(a, one, out_dtype), x, w, w.shape[1], out_dtype, x.dtype)
 
 
 def _packed_fwd(x, w, out_dtype):
@@ -135,7 +144,7 @@ def _packed_bwd(out_dtype, residuals, g):
     if w.ndim == 2:
         dx = packed_backward(g, w, dtype)
     else:
-        dx = _per_group(lambda a, one: packed_backward(a, one, dtype), g, w, w.shape[2], jnp.float32)
+        dx = _per_group(lambda a, one: packed_backward(a, one, dtype), g, w, w.shape[2], jnp.float32, dtype)
     return dx.astype(dtype), None
 
 

@@ -20,7 +20,7 @@ from ds4jax.runtime import edits as editing
 from ds4jax.runtime.edits import Edit, Edits, EditTable, Track
 from ds4jax.runtime.pages import Pages
 from ds4jax.runtime.prefixes import Prefixes, key
-from ds4jax.runtime.programs import CHUNKS, MAX_EOS, MAX_TOP, Programs, Slots, chunk_length, rows
+from ds4jax.runtime.programs import CHUNKS, MAX_EOS, MAX_TOP, Programs, Slots, by_site, chunk_length, rows
 from ds4jax.runtime.sampling import Sampling
 
 BURST = 8  # tokens per dispatch
@@ -524,7 +524,11 @@ class Engine:
         going = [r for r in running if r is not None]
         if not going:
             return None
-        top = any(r.request.top_logprobs for r in going)
+        compiled = dict(
+            steps=BURST,
+            top_logprobs=any(r.request.top_logprobs for r in going),
+            restricted=any(r.request.sampling.restricted for r in going),
+        )
         sites = tuple(dict.fromkeys(s for r in going for s in r.request.sites))
         edited = any(r.request.edits for r in self._running if r is not None)
         if not edited:
@@ -532,11 +536,11 @@ class Engine:
         if edited or sites:
             edits, track = (self._edits.edits(), self._track) if edited else (None, None)
             self.cache, self.slots, track, *out = self.programs.decode_edited(
-                self.cache, self.slots, track, edits, steps=BURST, top_logprobs=top, sites=sites
+                self.cache, self.slots, track, edits, sites=sites, **compiled
             )
             self._track = track
         else:
-            self.cache, self.slots, out = self.programs.decode(self.cache, self.slots, steps=BURST, top_logprobs=top)
+            self.cache, self.slots, out = self.programs.decode(self.cache, self.slots, **compiled)
             out = (out, {})
         for slot, r in enumerate(running):
             if r is not None:
@@ -548,6 +552,7 @@ class Engine:
     def _collect(self, in_flight) -> list[Burst]:
         running, out = in_flight
         (tokens, logprobs, top_ids, top_logprobs), seen = jax.device_get(out)
+        seen = by_site(seen)
         bursts = []
         for slot, r in enumerate(running):
             if r is None or r.over:

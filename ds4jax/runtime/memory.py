@@ -8,9 +8,9 @@ import jax.numpy as jnp
 
 from ds4jax.errors import DS4Error
 from ds4jax.model import Config, cache_nbytes
-from ds4jax.model.attention import QUERY_BLOCK, SCORE_BYTES
+from ds4jax.model.attention import QUERY_BLOCK, SCORE_BYTES, dense_limit
 from ds4jax.quant.experts import DENSE_MAX, DENSE_RATIO
-from ds4jax.quant.matmul import TILE
+from ds4jax.quant.matmul import tile_size
 from ds4jax.runtime.programs import chunk_length
 
 
@@ -51,7 +51,7 @@ def workspace(config: Config, *, slots: int, context: int, dtype) -> int:
     query = 4 * _floats_per_query(c, context)
     scores = max(min(SCORE_BYTES, tokens * query), slots * min(QUERY_BLOCK, together) * query)
     logits = 4 * 4 * slots * c.vocab_size  # with their copies for sampling
-    tile = 4 * min(TILE, c.hidden_size * max(c.vocab_size, F))
+    tile = jnp.dtype(dtype).itemsize * min(tile_size(dtype), c.hidden_size * max(c.vocab_size, F))
     return max(tokens * (streams + heads + experts) + scores, logits) + tile
 
 
@@ -63,7 +63,7 @@ def _floats_per_query(c: Config, context: int) -> int:
         most = near + H * context // 128
     if 4 in ratios:
         N = context // 4
-        read = min(N * H, c.index_topk * (H + c.head_dim)) if N > max(4 * c.index_topk, 1024) else N * H
+        read = min(N * H, c.index_topk * (H + c.head_dim)) if N > dense_limit(c) else N * H
         most = max(most, near + read, 4 * N + c.index_n_heads * min(N, 8192))
     return most
 

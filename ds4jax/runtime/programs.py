@@ -113,12 +113,27 @@ class Programs:
 
         return Announced(traced, functools.partial(jax.jit, **options), lambda: self.announce)
 
-    def _model(self, state) -> Transformer:
+    @property
+    def state(self) -> nnx.State:
+        """The weights."""
+        return self._state
+
+    @state.setter
+    def state(self, state: nnx.State) -> None:
+        # what a step is called with: taking a State of all layers apart costs the host milliseconds, a list of its
+        # arrays a tenth of one
+        self._state = state
+        self._leaves, self._structure = jax.tree.flatten(state)
+
+    def _model(self, state: nnx.State | list[Array]) -> Transformer:
+        """The model with these weights, or with the list of their arrays."""
+        if isinstance(state, list):
+            state = jax.tree.unflatten(self._structure, state)
         return nnx.merge(self.graphdef, state)
 
     def prefill(self, cache: Cache, tokens: Array, n_valid: Array, edits: Edits | None = None) -> Cache:
         """Feed tokens [B, T] to the slots, the first n_valid [B] of each row; for `edits` they are all prompt."""
-        return self._prefill(self.state, cache, tokens, n_valid, edits)
+        return self._prefill(self._leaves, cache, tokens, n_valid, edits)
 
     @functools.cached_property
     def _prefill(self):
@@ -131,7 +146,7 @@ class Programs:
         self, cache: Cache, tokens: Array, n_valid: Array, edits: Edits | None = None, region: Array | None = None
     ) -> tuple[Array, Cache]:
         """Teacher-forced logits of a chunk: tokens [B, T] → float32 [B, T, V]; region [B, T]: see `Edits.editor`."""
-        return self._logits(self.state, cache, tokens, n_valid, edits, region)
+        return self._logits(self._leaves, cache, tokens, n_valid, edits, region)
 
     @functools.cached_property
     def _logits(self):
@@ -156,7 +171,7 @@ class Programs:
         Returns:
           Its results by name, and the cache, in which layers after the last that is read are left as they were.
         """
-        return self._read(self.state, cache, tokens, n_valid, edits, region, args, sites, reduce)
+        return self._read(self._leaves, cache, tokens, n_valid, edits, region, args, sites, reduce)
 
     @functools.cached_property
     def _read(self):
@@ -174,22 +189,28 @@ class Programs:
 
         return self._jit(run, static_argnums=(7, 8), donate_argnums=1)
 
-    def decode(self, cache: Cache, slots: Slots, *, steps: int, top_logprobs: bool = False):
+    def decode(
+        self, cache: Cache, slots: Slots, *, steps: int, top_logprobs: bool = False, restricted: bool = True
+    ):  # fmt: skip
         """Choose up to `steps` tokens for every active slot; ends early when no slot is active any more.
 
+        Args:
+          top_logprobs: report the likeliest tokens, too; restricted: whether any slot has a top_k or top_p. Both are
+            compiled in: a choice that the device made would be one that it waits for the host with.
+
         Returns:
-          cache, slots, and per step [steps, B]: tokens (-1 where the slot was not active), log-probabilities, and the
-          ids and log-probabilities of the MAX_TOP likeliest tokens [steps, B, MAX_TOP]; without `top_logprobs` the
-          last two are not filled in.
+          cache, slots, and per step [steps, B]: tokens (-1 where the slot was not active), log-probabilities, and with
+          `top_logprobs` the ids and log-probabilities of the MAX_TOP likeliest tokens [steps, B, MAX_TOP], else two
+          of none.
         """
         cache, slots, _, out, _ = self._decode(
-            self.state, cache, slots, self.usable, np.bool_(top_logprobs), steps, None, None, ()
+            self._leaves, cache, slots, self.usable, None, None, steps, (top_logprobs, restricted), ()
         )
         return cache, slots, out
 
     def decode_edited(
         self, cache: Cache, slots: Slots, track: Track | None, edits: Edits | None, *, steps: int,
-        top_logprobs: bool = False, sites: tuple[str, ...] = (),
+        top_logprobs: bool = False, restricted: bool = True, sites: tuple[str, ...] = (),
     ):  # fmt: skip
         """As `decode`, with edits and readings.
 
@@ -199,17 +220,18 @@ class Programs:
           sites: names of sites to read at each step.
 
         Returns:
-          cache, slots, track, what `decode` returns per step, and the sites: {name: [steps, B, …]}, row i being the
-          pass that chose token i.
+          cache, slots, track, what `decode` returns per step, and the sites, those of one shape in one array:
+          {names: [steps, len(names), B, …]}, row i being the pass that chose token i; `by_site` takes them apart.
         """
         return self._decode(
-            self.state, cache, slots, self.usable, np.bool_(top_logprobs), steps, edits, track, tuple(sites)
+            self._leaves, cache, slots, self.usable, edits, track, steps, (top_logprobs, restricted), tuple(sites)
         )
 
     @functools.cached_property
     def _decode(self):
-        def run(state, cache, slots, usable, with_top, steps, edits, track, sites):
+        def run(state, cache, slots, usable, edits, track, steps, options, sites):
             model = self._model(state)
+            with_top, restricted = options
 
             def step(carry):
                 cache, s, track = attach(carry[0]), *carry[1:]
@@ -217,7 +239,8 @@ class Programs:
                 tap = _tap(edits, cache, token, None if track is None else track.region[:, None], sites)
                 streams, cache = model.forward(token, cache, s.active.astype(jnp.int32), tap=tap)
                 logits = model.logits(streams, tap=tap)[:, 0]
-                token, logprob = sample(logits, s.temperature, s.top_k, s.top_p, s.min_p, s.seed, s.count, usable)
+                rules = s.temperature, s.top_k, s.top_p, s.min_p, s.seed, s.count
+                token, logprob = sample(logits, *rules, usable, restricted)
                 ended = jnp.any(token[:, None] == s.eos, axis=-1)
                 left, count = (a + d * s.active for a, d in ((s.left, -1), (s.count, 1)))
                 after = dataclasses.replace(
@@ -225,15 +248,15 @@ class Programs:
                 )
                 if track is not None:
                     track = track.follow(token, s.active, edits.tables)
-                top = _likeliest(logits, with_top)
+                top = _likeliest(logits, MAX_TOP if with_top else 0)
                 out = jnp.where(s.active, token, -1), logprob, *top
-                return (detach(cache), after, track), (out, {name: tap.store[name][:, 0] for name in sites})
+                return (detach(cache), after, track), (out, _together({name: tap.store[name][:, 0] for name in sites}))
 
             carry = (cache, slots, track)
             (cache, slots, track), (out, seen) = _steps(step, carry, steps, lambda carry: jnp.any(carry[1].active))
             return cache, slots, track, out, seen
 
-        return self._jit(run, static_argnums=(5, 8), donate_argnums=(1, 2, 7))
+        return self._jit(run, static_argnums=(6, 7, 8), donate_argnums=(1, 2, 5))
 
     def admit(self, slots: Slots, which: np.ndarray, new: Slots) -> Slots:
         """Replace the slots where `which` [B] is True by those of `new`."""
@@ -300,16 +323,23 @@ def _steps(step: Callable, carry: Any, length: int, going: Callable):
     return carry, outs
 
 
-def _likeliest(logits: Array, wanted: Array) -> tuple[Array, Array]:
-    """Ids and log-probabilities of the MAX_TOP likeliest tokens: logits [B, V] → [B, MAX_TOP]; zeros unless wanted."""
-    n = min(MAX_TOP, logits.shape[-1])
+def _together(seen: dict[str, Array]) -> dict[tuple[str, ...], Array]:
+    """{name: value} → {names: their values stacked}: a launch and a transfer for all of a kind, not one for each."""
+    alike: dict[tuple, list[str]] = {}
+    for name, value in seen.items():
+        alike.setdefault((value.shape, value.dtype), []).append(name)
+    return {tuple(names): jnp.stack([seen[name] for name in names]) for names in alike.values()}
 
-    def find():
-        top, ids = jax.lax.top_k(logits, n)
-        return ids, top - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
 
-    shape = (logits.shape[0], n)
-    return jax.lax.cond(wanted, find, lambda: (jnp.zeros(shape, jnp.int32), jnp.zeros(shape, logits.dtype)))
+def by_site(seen: dict[tuple[str, ...], np.ndarray]) -> dict[str, np.ndarray]:
+    """{names: [steps, len(names), …]} → {name: [steps, …]}, views."""
+    return {name: values[:, i] for names, values in seen.items() for i, name in enumerate(names)}
+
+
+def _likeliest(logits: Array, n: int) -> tuple[Array, Array]:
+    """Ids and log-probabilities of the n likeliest tokens: logits [B, V] → [B, n]."""
+    top, ids = jax.lax.top_k(logits, min(n, logits.shape[-1]))
+    return ids, top - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -29,6 +29,11 @@ class Sampling:
     min_p: float = 0.05
     seed: int = 0
 
+    @property
+    def restricted(self) -> bool:
+        """Whether it has a top_k or top_p."""
+        return self.top_k > 0 or self.top_p < 1
+
     def __post_init__(self):
         for name, ok, rule in (
             ("temperature", lambda t: 0 <= t < math.inf, "a number, at least 0"),
@@ -60,15 +65,14 @@ def _ordered_bits(x: Array) -> Array:
     return jnp.where(x == 0, 0, jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits))  # both zeros are one
 
 
-def keep_mask(scaled: Array, top_k: Array, top_p: Array, min_p: Array) -> Array:
+def keep_mask(scaled: Array, top_k: Array, top_p: Array, min_p: Array, restricted: bool = True) -> Array:
     """Which tokens survive: scaled logits [B, V], rules [B] → bool [B, V]. Ties at a threshold are all kept.
 
-    A token of logit -inf never survives.
+    A token of logit -inf never survives. restricted: whether any row has a top_k or top_p.
     """
     peak = jnp.max(scaled, axis=-1, keepdims=True)
     keep = (scaled >= peak + jnp.log(min_p)[:, None]) & (scaled > -jnp.inf)
-    wanted = jnp.any((top_k > 0) | (top_p < 1))
-    return jax.lax.cond(wanted, lambda: keep & _restricted(scaled, peak, top_k, top_p), lambda: keep)
+    return keep & _restricted(scaled, peak, top_k, top_p) if restricted else keep
 
 
 def _restricted(scaled: Array, peak: Array, top_k: Array, top_p: Array) -> Array:
@@ -85,7 +89,7 @@ def _restricted(scaled: Array, peak: Array, top_k: Array, top_p: Array) -> Array
 
 def sample(
     logits: Array, temperature: Array, top_k: Array, top_p: Array, min_p: Array, seed: Array, count: Array,
-    usable: Array | None = None,
+    usable: Array | None = None, restricted: bool = True,
 ) -> tuple[Array, Array]:  # fmt: skip
     """Choose one token per slot.
 
@@ -94,6 +98,7 @@ def sample(
       temperature, top_k, top_p, min_p: [B], see `Sampling`.
       seed: uint32 [B]; count: int32 [B], how many tokens the slot has chosen before: together they fix the draw.
       usable: bool [V], the tokens that may be chosen; default: all.
+      restricted: False leaves top_k and top_p out, which no slot may then have.
 
     Returns:
       tokens int32 [B] and their log-probabilities [B] under the model (temperature 1, nothing filtered or excluded),
@@ -103,7 +108,7 @@ def sample(
     peak = jnp.max(allowed, axis=-1, keepdims=True)
     # from the peak downwards, so that a tiny temperature cannot overflow upwards
     scaled = (allowed - peak) / jnp.where(temperature > 0, temperature, 1)[:, None]
-    keep = keep_mask(scaled, top_k, top_p, min_p)
+    keep = keep_mask(scaled, top_k, top_p, min_p, restricted)
     keys = jax.vmap(lambda s, c: jax.random.fold_in(jax.random.PRNGKey(s), c))(seed, count)
     noise = jax.vmap(lambda k: jax.random.gumbel(k, logits.shape[1:], jnp.float32))(keys)
     drawn = jnp.argmax(jnp.where(keep, scaled + noise, -jnp.inf), axis=-1)

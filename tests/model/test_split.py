@@ -175,7 +175,7 @@ def test_what_a_cache_held_before_is_never_seen():
 
 def test_gathering_entries_equals_masking_them(monkeypatch):
     """Long contexts take other paths: chosen entries gathered for each query, indexer scores and queries in tiles."""
-    monkeypatch.setattr(attention.Attention, "_dense_limit", lambda self: 0)
+    monkeypatch.setattr(attention, "dense_limit", lambda config: 0)
     monkeypatch.setattr(attention, "SCORE_BYTES", 1)
     fresh = runtime.Programs(programs(False).graphdef, programs(False).state)
     logits, _ = fresh.logits(init_cache(CONFIG, ROWS, LENGTH), jnp.asarray(TOKENS), jnp.array([LENGTH, 130, 0]))

@@ -1,11 +1,11 @@
-"""Attention of one token a slot: the kernel beside plain JAX."""
+"""Attention of one token a slot, and of many: the kernels beside plain JAX."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ds4jax.model.attention import _attend_kernel, _attend_rows
+from ds4jax.model.attention import _attend_kernel, _attend_many_kernel, _attend_many_rows, _attend_rows
 from ds4jax.model.cache import Paged, flat, pick, rows_of
 from ds4jax.pallas import attention, lowering
 
@@ -85,3 +85,98 @@ def test_lowers_for_cuda(slots, read):
     args += [shape((4096, 512), jnp.bfloat16), shape((slots, read), jnp.int32)] if read else [None, None]
     numbers = [shape(n, jnp.float32) for n in ((64,), (slots, 32), (slots, 32))]
     assert "decode_attention_join" in lowering.lower_for_cuda(attention.decode, *args, *numbers)
+
+
+# slots, tokens, heads, channels, window, entries, entries read of those (0: all that are finished), ratio, first positions
+MANY = [
+    (1, 1, 3, 64, 40, 0, 0, 0, [0]),
+    (2, 5, 20, 32, 64, 0, 0, 0, [0, 77]),
+    (2, 7, 16, 16, 33, 90, 0, 4, [0, 300]),
+    (1, 3, 64, 16, 16, 3, 0, 128, [126]),
+    (2, 9, 5, 32, 20, 140, 70, 4, [3, 500]),
+    (1, 130, 2, 16, 8, 40, 8, 4, [0]),
+]
+
+
+def many_inputs(rng, B, T, H, d, W, N, K, ratio, start, dtype=jnp.bfloat16):
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)  # noqa: E731
+    rows = np.full((B, T, K), -1, np.int32)
+    for b, t in np.ndindex(B, T):
+        finished = (start[b] + t + 1) // ratio if ratio else 0
+        n = min(K, finished, N)
+        rows[b, t, :n] = rng.choice(min(finished, N), n, replace=False) if n else 0
+    entries = normal(B, N, d) if N else None
+    args = normal(B, T, H, d), normal(B, W + T, d), jnp.asarray(start, jnp.int32), entries
+    angle = rng.normal(size=(B, T, d // 8))
+    cos_sin = (jnp.asarray(f(angle), jnp.float32) for f in (np.cos, np.sin))
+    return *args, jnp.asarray(rows) if K else None, jnp.asarray(rng.normal(size=H), jnp.float32), *cos_sin, ratio
+
+
+def by_numpy(q, keys, start, entries, rows, sink, cos, sin, ratio):
+    """Token by token, head by head, in float64."""
+    q, keys, sink = (np.asarray(a, np.float64) for a in (q, keys, sink))
+    B, T, H, d = q.shape
+    W, out = keys.shape[1] - T, np.zeros((B, T, H, d))
+    for b, t, h in np.ndindex(B, T, H):
+        at = int(start[b]) + t
+        read = [keys[b, t + 1 + j] for j in range(W) if at - W + 1 + j >= 0]
+        if entries is not None and rows is None:
+            read += list(np.asarray(entries[b], np.float64)[: (at + 1) // ratio])
+        elif rows is not None:
+            read += [np.asarray(entries[b, i], np.float64) for i in np.asarray(rows[b, t]) if i >= 0]
+        read = np.stack(read)
+        p = np.exp(read @ q[b, t, h] * d**-0.5)
+        out[b, t, h] = p @ read / (p.sum() + np.exp(sink[h]))
+    pairs = out[..., -2 * cos.shape[-1] :].reshape(B, T, H, -1, 2)
+    turned = (pairs[..., 0] + 1j * pairs[..., 1]) * np.conj(np.asarray(cos) + 1j * np.asarray(sin))[:, :, None]
+    out[..., -2 * cos.shape[-1] :] = np.stack([turned.real, turned.imag], axis=-1).reshape(B, T, H, -1)
+    return out
+
+
+@pytest.mark.parametrize("shape", MANY)
+def test_many_tokens_equal_plain_and_numpy(rng, shape):
+    args = many_inputs(rng, *shape)
+    with lowering.interpreted():
+        ours = np.asarray(jax.jit(attention.many, static_argnums=8)(*args), np.float64)
+    np.testing.assert_allclose(ours, np.asarray(_attend_many_rows(*args), np.float64), atol=2e-2)
+    np.testing.assert_allclose(ours, by_numpy(*args), atol=2e-2)
+    exact = [a.astype(jnp.float32) if getattr(a, "dtype", None) == jnp.bfloat16 else a for a in args]
+    np.testing.assert_allclose(_attend_many_rows(*exact), by_numpy(*args), atol=2e-5)
+
+
+@pytest.mark.parametrize("block", [16, 32, 64])
+def test_many_tokens_by_any_block_of_keys(rng, block):
+    args = many_inputs(rng, 1, 3, 16, 32, 128, 300, 129, 4, [1100])
+    with lowering.interpreted():
+        ours = attention.many(*args, lowering.Tuning(rows=block))
+    np.testing.assert_allclose(np.asarray(ours, np.float64), by_numpy(*args), atol=2e-2)
+
+
+def test_gradients_of_many_tokens_are_those_of_the_plain_form(rng):
+    q, keys, start, entries, rows, sink, *rest = many_inputs(rng, 1, 5, 4, 16, 8, 40, 12, 4, [200])
+
+    def loss(fn):
+        return lambda q, keys, entries, sink: jnp.sum(jnp.sin(fn(q, keys, start, entries, rows, sink, *rest)))
+
+    with lowering.interpreted():
+        ours = jax.grad(loss(_attend_many_kernel), argnums=(0, 1, 2, 3))(q, keys, entries, sink)
+    plain = jax.grad(loss(_attend_many_rows), argnums=(0, 1, 2, 3))(q, keys, entries, sink)
+    for mine, theirs in zip(ours, plain, strict=True):
+        assert jnp.abs(theirs.astype(jnp.float32)).max() > 0
+        np.testing.assert_allclose(np.float32(mine), np.float32(theirs), atol=2e-2)
+
+
+def test_many_tokens_are_bfloat16():
+    with lowering.interpreted(), pytest.raises(NotImplementedError, match="bfloat16"):
+        attention.require_many(jnp.ones((1, 4, 16, 64)))
+    with lowering.interpreted(), pytest.raises(NotImplementedError, match="channels"):
+        attention.require_many(jnp.ones((1, 4, 16, 1024), jnp.bfloat16))
+
+
+@pytest.mark.parametrize("read", [512, None])
+def test_many_tokens_lower_for_cuda(read):
+    shape = jax.ShapeDtypeStruct
+    args = [shape((1, 256, 64, 512), jnp.bfloat16), shape((1, 384, 512), jnp.bfloat16), shape((1,), jnp.int32)]
+    args += [shape((1, 2112, 512), jnp.bfloat16), shape((1, 256, read), jnp.int32) if read else None]
+    args += [shape(n, jnp.float32) for n in ((64,), (1, 256, 32), (1, 256, 32))]
+    assert "attention_many" in lowering.lower_for_cuda(lambda *a: attention.many(*a, 4), *args)

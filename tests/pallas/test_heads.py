@@ -98,7 +98,7 @@ def test_gradients_are_those_of_the_plain_form(rng):
         np.testing.assert_allclose(mine, plain, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("shape, rounding", [((257, 1, 64), None), ((1, 1, 96), None), ((1, 1, 32), None)])
+@pytest.mark.parametrize("shape, rounding", [((0, 1, 64), None), ((1, 1, 96), None), ((1, 1, 32), None)])
 def test_what_no_kernel_takes_is_left_to_xla(shape, rounding):
     with lowering.interpreted(), pytest.raises(NotImplementedError):
         heads.IMPLEMENTATIONS["pallas"](

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ds4jax.model.attention import choose_entries, select_entries
+from ds4jax.model import attention
+from ds4jax.model.attention import choose_entries, choose_entries_many, index_scores, select_entries
 from ds4jax.model.cache import Paged
 from ds4jax.pallas import indexer, lowering
 
@@ -77,6 +78,44 @@ def test_many_queries_choose_as_one_does(rng):
     plain = np.asarray(select_entries(scores, visible, 24))
     assert ours.shape == plain.shape
     np.testing.assert_array_equal(np.sort(ours), np.sort(plain))
+
+
+@pytest.mark.parametrize("T, N, start", [(1, 5, [0]), (3, 64, [250]), (16, 65, [0]), (17, 200, [600]), (40, 130, [9])])
+def test_scores_of_many_queries(rng, T, N, start):
+    q, w, _ = inputs(rng, T, 16, 32, 1)
+    keys = jnp.asarray(rng.normal(size=(1, N, 32)), jnp.float32)
+    with lowering.interpreted():
+        ours = np.asarray(indexer.scores_many(q[None], w[None], keys, jnp.asarray(start, jnp.int32), 4))[0]
+    want = np.asarray(index_scores(q[None], w[None], keys))[0]
+    for t in range(T):
+        seen = min(N, (start[0] + t + 1) // 4)
+        np.testing.assert_allclose(ours[t, :seen], want[t, :seen], atol=1e-5 * np.abs(want).max())
+        assert (ours[t, seen:] == -np.inf).all()
+
+
+@pytest.mark.parametrize("nbytes", [attention.SCORE_BYTES, 2048])
+def test_many_tokens_choose_as_plain_jax_does(rng, monkeypatch, nbytes):
+    monkeypatch.setattr(attention, "SCORE_BYTES", nbytes)  # the second: a few tokens at a time
+    B, T, N, K, start = 2, 21, 70, 24, jnp.asarray([0, 200], jnp.int32)
+    q, w, _ = inputs(rng, B * T, 16, 32, 1)
+    q, w = q.reshape(B, T, 16, 32), w.reshape(B, T, 16)
+    keys = jnp.asarray(rng.normal(size=(B, N, 32)), jnp.float32)
+    with lowering.interpreted():
+        ours = np.asarray(choose_entries_many(q, w, keys, start, K, 4, implementation="pallas"))
+    finished = (start[:, None] + jnp.arange(1, T + 1)) // 4
+    plain = np.asarray(select_entries(index_scores(q, w, keys), jnp.arange(N) < finished[..., None], K))
+    np.testing.assert_array_equal(np.sort(ours), np.sort(plain))
+    own = np.asarray(choose_entries_many(q, w, keys, start, K, 4, implementation="xla"))
+    np.testing.assert_array_equal(np.sort(own), np.sort(plain))
+    assert (np.diff((ours < 0).astype(int)) >= 0).all()  # what is missing comes last
+
+
+def test_as_many_as_there_are_need_no_scores(rng):
+    q, w, keys = inputs(rng, 2, 16, 32, 24)
+    seen = jnp.asarray([20, 3], jnp.int32)
+    few = np.asarray(choose_entries(q, w, keys, seen, 24))
+    scored = np.asarray(choose_entries(q, w, jnp.pad(keys, ((0, 0), (0, 1), (0, 0))), seen, 24, implementation="xla"))
+    np.testing.assert_array_equal(np.sort(few), np.sort(scored))
 
 
 def test_a_choice_has_no_gradient(rng):

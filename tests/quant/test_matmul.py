@@ -62,7 +62,7 @@ def test_tiles_that_overlap(name, small_tiles):
     # 129 rows of 1024 in tiles of 8: the last tile begins inside the one before.
     rng = np.random.default_rng(1)
     w, values = packed(rng, name, (129, 1024))
-    count, rows = tiling.tiles(129, 1024)
+    count, rows = tiling.tiles(129, 1024, np.float32)
     assert count > 2 and count * rows > 129
     x = rng.normal(size=(5, 1024)).astype(np.float32)
     assert_close(jax.jit(quant.matmul)(x, w), x.astype(np.float64), values)

@@ -90,7 +90,7 @@ def test_plot():
 
 def test_timeline_counts_a_token(monkeypatch):
     class Programs:
-        def decode(self, cache, slots, *, steps):
+        def decode(self, cache, slots, *, steps, restricted):
             return cache, slots
 
     config = synthetic.flash_config(1)
