@@ -4,8 +4,8 @@
     python -m scripts.bench_interp model.gguf --tokens 512
 
 One sequence, greedy, in turns: as it is; with one direction a layer projected out of the experts' output; with that
-output of all layers captured at every token. Prints tokens per second (median of the turns) and each one's cost beside
-the first.
+output of all layers captured at every token. Every turn begins with another of them. Prints tokens per second (median
+of the turns), and each one's cost beside the first in the same turn: the median, and all of them.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def main() -> None:
     add("--layers", type=int, default=43)
     add("--prompt", type=int, default=32)
     add("--tokens", type=int, default=256)
-    add("--turns", type=int, default=3)
+    add("--turns", type=int, default=9)
     add("--context", type=int, default=2048)
     add("--json", help="write the figures there, too")
     args = parser.parse_args()
@@ -71,16 +71,19 @@ def main() -> None:
         list(pool.map(lambda name: decode_rate(models[name], prompt, 24, options[name]), models))
     print(f"compiled in {time.perf_counter() - begin:.0f} s", flush=True)
     rates: dict[str, list[float]] = {name: [] for name in options}
-    for _ in range(args.turns):
-        for name, model in models.items():
-            rates[name].append(decode_rate(model, prompt, args.tokens, options[name]))
-    medians = {name: statistics.median(r) for name, r in rates.items()}
-    first = next(iter(medians.values()))
-    for name, rate in medians.items():
-        print(f"{rate:8.1f} tokens/s  {1 - rate / first:+6.1%}  {name}")
+    for turn in range(args.turns):
+        for i in range(len(names := list(models))):
+            name = names[(turn + i) % len(names)]
+            rates[name].append(decode_rate(models[name], prompt, args.tokens, options[name]))
+    figures = {}
+    for name, turns in rates.items():
+        costs = [1 - rate / first for rate, first in zip(turns, rates[names[0]], strict=True)]
+        figures[name] = dict(tokens_per_s=statistics.median(turns), cost=statistics.median(costs), costs=costs)
+        print(f"{figures[name]['tokens_per_s']:8.1f} tokens/s  {figures[name]['cost']:+6.1%}  {name}  "
+              f"({' '.join(f'{c:+.1%}' for c in costs)})")  # fmt: skip
     if args.json:
         with open(args.json, "w") as f:
-            json.dump(medians, f, indent=1)
+            json.dump(figures, f, indent=1)
 
 
 if __name__ == "__main__":

@@ -4,13 +4,16 @@ Each line: kernel, format, shape, ‖kernel − exact‖ / ‖exact‖ with the 
 comparison what plain JAX reaches with bfloat16 activations. A kernel passes at 2e-3, or where rounding the result (and,
 on tensor cores, the weights) to bfloat16 alone costs more, at 1.5 times what plain JAX loses. Exit code 1 if one fails.
 
-usage: python scripts/check_gpu.py [--seed N] [--formats Q8_0,…] [--fast] [--threads 12]
+usage: python scripts/check_gpu.py [--seed N] [--formats Q8_0,…] [--fast] [--only attention] [--threads 12]
 """
 
 from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import dataclasses
+import functools
+import itertools
 import secrets
 import sys
 import time
@@ -20,8 +23,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from ds4jax import quant
-from ds4jax.pallas import decode, lowering
+from ds4jax.model import attention, heads, hyper_connections, moe
+from ds4jax.model.layers import angles, rope_frequencies
+from ds4jax.pallas import attention as attention_kernels
+from ds4jax.pallas import decode, indexer, lowering
 from ds4jax.runtime import bench
+from ds4jax.weights import synthetic
 
 LIMIT = 10.0
 PUBLISHED = ("Q8_0", "Q2_K", "Q4_K", "IQ2_XXS", "MXFP4", "FP8_128", "FP4_32")
@@ -30,6 +37,114 @@ PUBLISHED = ("Q8_0", "Q2_K", "Q4_K", "IQ2_XXS", "MXFP4", "FP8_128", "FP4_32")
 def error(got, want) -> float:
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     return float(np.linalg.norm(got - want) / np.linalg.norm(want))
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Of what `layer_cases` makes: those of Flash."""
+
+    config: object = synthetic.flash_config(3)
+    slots: tuple[int, ...] = (1, 3, 64)
+    tokens: tuple[int, ...] = (33, 1000)
+    entries: int = 1200
+    chosen: int = 512
+
+
+def layer_cases(sizes: Sizes, rng: np.random.Generator):
+    """As `cases`, of the kernels that are not products of packed weights."""
+    c = sizes.config
+    H, d, W, D, S = c.num_attention_heads, c.head_dim, c.sliding_window, c.hidden_size, c.hc_mult
+    N, K = sizes.entries, sizes.chosen
+    array = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    half = lambda *shape: array(*shape).astype(jnp.bfloat16)  # noqa: E731
+    freqs = jnp.asarray(rope_frequencies(c, 4), jnp.float32)
+
+    def one(how, dtype, q, window, stored, rows, sink, cos, sin):
+        q, window, stored = (a.astype(dtype) for a in (q, window, stored))
+        live = jnp.broadcast_to(jnp.arange(W) < W - 3, window.shape[:2])
+        fn = attention_kernels.decode if how == "pallas" else attention._attend_rows
+        return fn(q, window, live, stored, rows, sink, cos, sin)
+
+    def many(how, dtype, q, keys, start, entries, rows, sink, cos, sin):
+        q, keys, entries = (a.astype(dtype) for a in (q, keys, entries))
+        fn = attention_kernels.many if how == "pallas" else attention._attend_many_rows
+        return fn(q, keys, start, entries, rows, sink, cos, sin, 4)
+
+    def scores(how, dtype, q, w, keys, start):
+        q, keys = q.astype(dtype), keys.astype(dtype)
+        T = q.shape[1]
+        seen = jnp.arange(N) < (start[:, None, None] + jnp.arange(1, T + 1)[:, None]) // 4
+        if how == "pallas":
+            return jnp.where(seen, indexer.scores_many(q, w, keys, start, 4), 0)
+        return jnp.where(seen, attention.index_scores(q, w, keys), 0)
+
+    def scores_of_one(how, dtype, q, w, keys, start):
+        q, keys = q.astype(dtype), keys.astype(dtype)
+        seen = jnp.full(q.shape[:1], N - 5, jnp.int32)
+        rows = jnp.arange(q.shape[0] * N, dtype=jnp.int32).reshape(-1, N)
+        if how == "pallas":
+            out = indexer.scores(q[:, 0], w[:, 0], keys.reshape(-1, keys.shape[-1]), rows, seen)
+        else:
+            out = attention.index_scores(q[:, :1], w[:, :1], keys)[:, 0]
+        return jnp.where(jnp.arange(N) < N - 5, out, 0)
+
+    def choice(how, dtype, values):
+        del dtype
+        if how == "pallas":
+            return jnp.sort(indexer.best(values, K), axis=-1)
+        return jnp.sort(jax.lax.top_k(values, K)[1], axis=-1)
+
+    def finished(rules, how, dtype, raw, positions, weight):
+        return heads.finish(raw.astype(dtype), positions, freqs, weight=weight, implementation=how, **rules)[0]
+
+    def route(how, dtype, logits, bias):
+        del dtype
+        probs, experts, weights = moe.choose(logits, bias, c.num_experts_per_tok, True, 1.5, implementation=how)
+        return jnp.concatenate([probs, experts.astype(jnp.float32), weights], axis=-1)
+
+    def enter(how, dtype, streams, fn, base, scale, weight):
+        x, pre, post, comb = hyper_connections.enter(
+            streams.astype(dtype), fn.astype(dtype), base, scale, weight, iterations=c.hc_sinkhorn_iters,
+            hc_eps=c.hc_eps, rms_eps=c.rms_norm_eps, implementation=how,
+        )  # fmt: skip
+        weights = jnp.concatenate([pre, post, comb.reshape(*comb.shape[:2], -1)], axis=-1)
+        return jnp.concatenate([x.astype(jnp.float32), weights], axis=-1)
+
+    for B in sizes.slots:
+        rows = jnp.asarray(np.where(rng.random((B, K)) < 0.9, rng.integers(0, B * N, (B, K)), -1), jnp.int32)
+        cos_sin = angles(jnp.asarray(rng.integers(0, 5000, B), jnp.int32), freqs)
+        given = half(B, H, d), half(B, W, d), half(B * N, d), rows, array(H), *cos_sin
+        yield f"attention, a token of {B} slots", one, given
+        index = half(B, 1, c.index_n_heads, c.index_head_dim), array(B, 1, c.index_n_heads)
+        start = jnp.full((B,), 4 * N, jnp.int32)
+        yield f"indexer, a token of {B} slots", scores_of_one, (*index, half(B, N, c.index_head_dim), start)
+    for T in sizes.tokens:
+        start = jnp.asarray([4 * N - T // 2], jnp.int32)
+        positions = start[:, None] + jnp.arange(T, dtype=jnp.int32)
+        rows = jnp.asarray(np.sort(np.stack([rng.choice(N - T // 4, K, replace=False) for _ in range(T)])), jnp.int32)
+        given = half(1, T, H, d), half(1, W + T, d), start, half(1, N, d)
+        rest = array(H), *angles(positions, freqs)
+        yield f"attention, {T} tokens, {K} entries each", many, (*given, rows[None], *rest)
+        yield f"attention, {T} tokens, all entries", lambda how, dtype, *a: many(how, dtype, *a[:4], None, *a[4:]), (
+            *given, *rest,
+        )  # fmt: skip
+        index = half(1, T, c.index_n_heads, c.index_head_dim), array(1, T, c.index_n_heads)
+        yield f"indexer, {T} tokens", scores, (*index, half(1, N, c.index_head_dim), start)
+        yield f"indexer's choice, {T} tokens", choice, (array(T, N),)
+    for R in (*sizes.slots, *sizes.tokens):
+        positions = jnp.asarray(rng.integers(0, 10**5, R), jnp.int32)
+        for name, n, width, rules in (
+            ("queries", H, d, {"eps": 1e-6}), ("keys, FP8", 1, d, {"eps": 1e-6, "rounding": "fp8"}),
+            ("indexer's queries, FP4", c.index_n_heads, c.index_head_dim, {"rounding": "fp4"}),
+        ):  # fmt: skip
+            weight = 1 + array(width) / 10 if "keys" in name else None
+            fn = functools.partial(finished, rules)
+            yield f"{name}, {R} rows", fn, (half(R, n, width), positions, weight)
+        yield f"router, {R} rows", route, (array(R, c.n_routed_experts), array(c.n_routed_experts) / 100)
+        parts = (2 + S) * S
+        fn = half(parts, S * D) * (S * D) ** -0.5
+        given = half(1, R, S, D), fn, array(parts), jnp.full((3,), 0.5), 1 + array(D) / 9
+        yield f"hyper-connections, {R} rows", enter, given
 
 
 def cases(formats: list[str], fast: bool, rng: np.random.Generator, key):
@@ -72,6 +187,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--formats", default="")
     parser.add_argument("--fast", action="store_true", help="fewer formats and shapes")
+    parser.add_argument("--only", default="", help="kernels with this in their name")
     parser.add_argument("--threads", type=int, default=12)
     args = parser.parse_args()
     if reason := lowering.device_reason():
@@ -88,10 +204,11 @@ def main() -> int:
         versions = (("pallas", jnp.bfloat16), ("xla", jnp.bfloat16), ("xla", jnp.float32))
         return [jax.jit(lambda *a, v=v: fn(*v, *a)).lower(*arguments).compile() for v in versions]
 
+    rng = np.random.default_rng(seed)
+    every = itertools.chain(layer_cases(Sizes(), rng), cases(formats, args.fast, rng, jax.random.key(seed)))
     with concurrent.futures.ThreadPoolExecutor(args.threads) as pool:
         todo = [
-            (name, arguments, pool.submit(build, fn, arguments))
-            for name, fn, arguments in cases(formats, args.fast, np.random.default_rng(seed), jax.random.key(seed))
+            (name, arguments, pool.submit(build, fn, arguments)) for name, fn, arguments in every if args.only in name
         ]
         for name, arguments, job in todo:
             n += 1

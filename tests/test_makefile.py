@@ -14,7 +14,9 @@ pytestmark = pytest.mark.skipif(not shutil.which("make"), reason="no make here")
 
 def steps(venv: Path, *targets: str) -> list[str]:
     """The commands that make would run."""
-    done = subprocess.run(["make", "--no-print-directory", "-n", *targets, f"VENV={venv}"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        ["make", "--no-print-directory", "-n", *targets, f"VENV={venv}"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 

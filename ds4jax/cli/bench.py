@@ -169,10 +169,10 @@ def plot(result: dict[str, Any]) -> str:
     import math
 
     rows = [r for r in result["rates"] if r["slots"] == 1]
-    lines = [
-        ("prefill", "#1f77b4", [(r["context"], r["prefill_tokens_per_s"]) for r in rows if r["prefill_tokens_per_s"]]),
-        ("decode", "#d62728", [(r["context"], r["decode_tokens_per_s"]) for r in rows]),
-    ]
+    lines = []
+    for name, colour in (("prefill", "#1f77b4"), ("decode", "#d62728")):
+        key = f"{name}_tokens_per_s"
+        lines.append((name, colour, [(r["context"], r[key]) for r in rows if r.get(key)]))
     points = [p for _, _, line in lines for p in line]
     if not points:
         raise DS4Error("nothing to plot: measure contexts of one sequence")
@@ -189,6 +189,8 @@ def plot(result: dict[str, Any]) -> str:
     for x in sorted({x for x, _ in points}):
         out.append(f'<text x="{at(x, 1)[0]:.1f}" y="352" text-anchor="middle">{x}</text>')
     for i, (name, colour, line) in enumerate(lines):
+        if not line:
+            continue
         path = " ".join(f"{'M' if j == 0 else 'L'}{x:.1f} {y:.1f}" for j, (x, y) in enumerate(at(*p) for p in line))
         out.append(f'<path d="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
         out += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in (at(*p) for p in line)]

@@ -278,7 +278,7 @@ class Kept:
                 total = new.astype(np.float32).sum(0, keepdims=True)
                 kept[:] = [kept[0] + total] if kept else [total]
             elif len(new):
-                kept.append(new.copy())
+                kept.append(new)
 
     def finish(self) -> dict[str, Any]:
         out = {}

@@ -243,8 +243,8 @@ def many(
             lo.store(out_ref, place, turned, mask=mine & (pair >= 0))
 
     return lo.call(
-        kernel, jax.ShapeDtypeStruct(q.shape, q.dtype), q, keys, start, sink, cos, sin, *given, grid=(B * T, -(-H // heads)),
-        tuning=tuning, name="attention_many",
+        kernel, jax.ShapeDtypeStruct(q.shape, q.dtype), q, keys, start, sink, cos, sin, *given,
+        grid=(B * T, -(-H // heads)), tuning=tuning, name="attention_many",
     )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from ds4jax.runtime import edits as editing
 from ds4jax.runtime.edits import Edit, Edits, EditTable, Track
 from ds4jax.runtime.pages import Pages
 from ds4jax.runtime.prefixes import Prefixes, key
-from ds4jax.runtime.programs import CHUNKS, MAX_EOS, MAX_TOP, Programs, Slots, by_site, chunk_length, rows
+from ds4jax.runtime.programs import CHUNKS, MAX_EOS, MAX_TOP, Programs, Slots, chunk_length, rows, rows_of_slot
 from ds4jax.runtime.sampling import Sampling
 
 BURST = 8  # tokens per dispatch
@@ -552,7 +552,6 @@ class Engine:
     def _collect(self, in_flight) -> list[Burst]:
         running, out = in_flight
         (tokens, logprobs, top_ids, top_logprobs), seen = jax.device_get(out)
-        seen = by_site(seen)
         bursts = []
         for slot, r in enumerate(running):
             if r is None or r.over:
@@ -582,7 +581,7 @@ class Engine:
                 r.over = True
                 if self._running[slot] is r:
                     self._vacate(slot)
-            sites = {name: seen[name][:n, slot].copy() for name in r.request.sites}
+            sites = rows_of_slot(seen, r.request.sites, slot, n)
             bursts.append(Burst(r.number, chosen, values, top, finish, sites))
         return bursts
 

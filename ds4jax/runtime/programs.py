@@ -221,7 +221,7 @@ class Programs:
 
         Returns:
           cache, slots, track, what `decode` returns per step, and the sites, those of one shape in one array:
-          {names: [steps, len(names), B, …]}, row i being the pass that chose token i; `by_site` takes them apart.
+          {names: [steps, len(names), B, …]}, row i being the pass that chose token i; see `rows_of_slot`.
         """
         return self._decode(
             self._leaves, cache, slots, self.usable, edits, track, steps, (top_logprobs, restricted), tuple(sites)
@@ -331,9 +331,19 @@ def _together(seen: dict[str, Array]) -> dict[tuple[str, ...], Array]:
     return {tuple(names): jnp.stack([seen[name] for name in names]) for names in alike.values()}
 
 
-def by_site(seen: dict[tuple[str, ...], np.ndarray]) -> dict[str, np.ndarray]:
-    """{names: [steps, len(names), …]} → {name: [steps, …]}, views."""
-    return {name: values[:, i] for names, values in seen.items() for i, name in enumerate(names)}
+def rows_of_slot(
+    seen: dict[tuple[str, ...], np.ndarray], names: Collection[str], slot: int, n: int
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """Of what `decode_edited` read, the first n rows of a slot: {name: [n, …]}. Views of one array for all names of a
+    shape, which holds no other slot's: memory that is new costs more than what is copied into it."""
+    out = {}
+    for together, values in seen.items():
+        kept = [i for i, name in enumerate(together) if name in names]
+        mine = values[:n, :, slot] if len(kept) == len(together) else values[:n, kept, slot]
+        if values.shape[2] > 1:
+            mine = mine.copy()
+        out |= {together[i]: mine[:, j] for j, i in enumerate(kept)}
+    return out
 
 
 def _likeliest(logits: Array, n: int) -> tuple[Array, Array]:

@@ -10,7 +10,7 @@ from ds4jax import interp
 from ds4jax.errors import DS4Error
 from ds4jax.model import Tap, match_sites, site_table
 from ds4jax.runtime import programs
-from ds4jax.runtime.programs import Slots
+from ds4jax.runtime.programs import Slots, rows_of_slot
 from tests.model.golden import TINY, reference, worst
 
 
@@ -184,6 +184,18 @@ def test_sites_equal_the_reference(monkeypatch):
         assert (np.sort(ours) == np.sort(theirs)).all(-1).mean() >= 0.99
 
 
+def test_rows_of_a_slot_are_its_own():
+    seen = {("a", "b", "c"): np.arange(4 * 3 * 2 * 5).reshape(4, 3, 2, 5), ("d",): np.arange(8).reshape(4, 1, 2)}
+    rows = rows_of_slot(seen, ("c", "a", "d"), 1, 3)
+    assert sorted(rows) == ["a", "c", "d"]
+    for name, place in (("a", 0), ("c", 2)):
+        np.testing.assert_array_equal(rows[name], seen["a", "b", "c"][:3, place, 1])
+    np.testing.assert_array_equal(rows["d"], [1, 3, 5])
+    assert not any(np.shares_memory(row, whole) for row in rows.values() for whole in seen.values())
+    one = {("a", "b"): np.zeros((4, 2, 1, 5))}
+    assert np.shares_memory(rows_of_slot(one, ("a", "b"), 0, 4)["b"], one["a", "b"])  # nobody else's: nothing to copy
+
+
 # --- what is not used costs nothing
 
 
@@ -191,7 +203,8 @@ def _text(lm, what: str) -> str:
     p = type(lm.programs)(lm.programs.graphdef, lm.programs.state)
     cache = p._model(p.state).init_cache(2, 64)
     if what == "decode":
-        return p._decode.lower(p.state, cache, Slots.empty(2), p.usable, np.bool_(False), 8, None, None, ()).as_text()
+        options = (None, None, 8, (False, False), ())
+        return p._decode.lower(p.state, cache, Slots.empty(2), p.usable, *options).as_text()
     step = getattr(p, what)
     return step.lower(p.state, cache, np.zeros((2, 32), np.int32), np.ones(2, np.int32)).as_text()
 

@@ -87,7 +87,7 @@ def test_lowers_for_cuda(slots, read):
     assert "decode_attention_join" in lowering.lower_for_cuda(attention.decode, *args, *numbers)
 
 
-# slots, tokens, heads, channels, window, entries, entries read of those (0: all that are finished), ratio, first positions
+# slots, tokens, heads, channels, window, entries, read of those (0: all that are finished), ratio, first positions
 MANY = [
     (1, 1, 3, 64, 40, 0, 0, 0, [0]),
     (2, 5, 20, 32, 64, 0, 0, 0, [0, 77]),
