@@ -8,6 +8,7 @@ automatic choice takes the first that does not, and says once why it passed over
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +25,7 @@ log = logging.getLogger("ds4jax")
 KERNELS = ("auto", "exact", "xla", "pallas")
 
 _kernels = "auto"
+_kernels_here: contextvars.ContextVar[str | None] = contextvars.ContextVar("ds4jax_kernels", default=None)
 _said: set[tuple[str, str]] = set()
 
 
@@ -35,25 +37,28 @@ def set_kernels(kernels: str) -> None:
     device can run kernels.
     """
     global _kernels
+    _kernels = _checked(kernels)
+
+
+def _checked(kernels: str) -> str:
     if kernels not in KERNELS:
         raise DS4Error(f"kernels {kernels!r}: choose one of {', '.join(KERNELS)}")
-    _kernels = kernels
+    return kernels
 
 
 def chosen() -> str:
-    """What `set_kernels` was last told."""
-    return _kernels
+    """What `kernels` was told around here, or else `set_kernels` last."""
+    return _kernels_here.get() or _kernels
 
 
 @contextlib.contextmanager
 def kernels(which: str) -> Iterator[None]:
-    """`set_kernels` for a while."""
-    before = _kernels
-    set_kernels(which)
+    """As `set_kernels`, for a while and for this thread alone."""
+    token = _kernels_here.set(_checked(which))
     try:
         yield
     finally:
-        set_kernels(before)
+        _kernels_here.reset(token)
 
 
 class _Array:
@@ -79,7 +84,7 @@ def once(fn: Callable[..., Any], *args: Any) -> Any:
     is_array = lambda a: any(isinstance(x, jax.Array | np.ndarray) for x in jax.tree.leaves(a))  # noqa: E731
     arrays = [a for a in args if is_array(a)]
     rest = tuple(_Array if is_array(a) else a for a in args)
-    return _traced(fn)(rest, (_kernels, lowering.mode()), arrays)
+    return _traced(fn)(rest, (chosen(), lowering.mode()), arrays)
 
 
 def run(op: str, table: Mapping[str, Callable[..., Any]], implementation: str | None, *args: Any) -> Any:
@@ -92,7 +97,7 @@ def run(op: str, table: Mapping[str, Callable[..., Any]], implementation: str | 
         raise DS4Error(f"{op} has no implementation {implementation!r}; it has {', '.join(table)}")
     names = (implementation,)
     if implementation is None:
-        names = ("xla",) if _kernels == "xla" and "xla" in table else tuple(table)
+        names = ("xla",) if chosen() == "xla" and "xla" in table else tuple(table)
     refused = []
     for name in names:
         try:

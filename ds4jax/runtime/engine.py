@@ -1,14 +1,18 @@
 """Slots that decode together: requests go in as tokens, tokens come out in bursts.
 
-Python only starts work and looks at finished work: while it reads one burst of tokens the device computes the next.
+Python only starts work and looks at finished work: while it reads one burst of tokens the device computes the next. A
+call that decodes on a GPU returns when its tokens are nearly done, so a thread makes it.
 Between two bursts at most one chunk of prompts is prefilled, so those that decode never wait for longer.
 """
 
 from __future__ import annotations
 
 import collections
+import concurrent.futures
+import contextvars
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -132,6 +136,45 @@ class _Running:
         return next((c for c in self.cuts if c > self.fed), self.head)
 
 
+@dataclasses.dataclass
+class _Flight:
+    """A burst on its way.
+
+    running: by slot, the request that it decodes for. launch: its call, until what it gave has been taken over;
+    out: of it, what is read.
+    """
+
+    running: list[_Running | None]
+    launch: concurrent.futures.Future | None
+    out: Any = None
+
+
+# What a thread has of JAX's own settings. A call is made where it was asked for if it has others than other threads.
+_OPTIONS = (
+    "jax_default_device", "jax_default_matmul_precision", "jax_debug_nans", "jax_disable_jit", "jax_enable_x64",
+    "jax_numpy_dtype_promotion",
+)  # fmt: skip
+
+
+def _options() -> tuple:
+    return tuple(getattr(jax.config, name) for name in _OPTIONS)
+
+
+class _Launcher:
+    """A thread that makes calls, with the caller's context variables."""
+
+    def __init__(self):
+        self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="ds4jax-launch")
+
+    def __call__(self, fn: Callable[[], Any]) -> concurrent.futures.Future:
+        here = _options()
+        if here == self._pool.submit(_options).result():
+            return self._pool.submit(contextvars.copy_context().run, fn)
+        done = concurrent.futures.Future()
+        done.set_result(fn())
+        return done
+
+
 class Engine:
     """Runs requests on a fixed number of slots, refilling them as sequences end.
 
@@ -163,11 +206,41 @@ class Engine:
         self.counts = Counts()
         self.peak = 0
         self._next = 0
+        self._launch = _Launcher()
+        self._in_flight: _Flight | None = None
         self._clear()
 
+    @property
+    def cache(self) -> Cache | None:
+        """Of all slots; None before the first request."""
+        self._settle()
+        return self._cache
+
+    @cache.setter
+    def cache(self, cache: Cache | None) -> None:
+        self._cache = cache
+
+    @property
+    def slots(self) -> Slots | None:
+        self._settle()
+        return self._slots
+
+    @slots.setter
+    def slots(self, slots: Slots | None) -> None:
+        self._slots = slots
+
+    def _settle(self) -> None:
+        """Take over what the last burst's call gave: nothing else may touch cache and slots before."""
+        flight = self._in_flight
+        if flight is not None and flight.launch is not None:
+            self._cache, self._slots, self._track, flight.out = flight.launch.result()
+            flight.launch = None
+
     def _clear(self) -> None:
-        self.cache: Cache | None = None
-        self.slots: Slots | None = None
+        if self._in_flight is not None and self._in_flight.launch is not None:
+            concurrent.futures.wait([self._in_flight.launch])  # whatever comes of it
+        self._cache: Cache | None = None
+        self._slots: Slots | None = None
         self._running: list[_Running | None] = [None] * self.n_slots
         self._pending: collections.deque[tuple[int, Request]] = collections.deque()
         self._in_flight = None
@@ -241,7 +314,7 @@ class Engine:
             if waiting == number and self._shares(request):
                 self.prefixes.leave(key(request.tokens))
         self._pending = collections.deque(p for p in self._pending if p[0] != number)
-        for r in self._in_flight[0] if self._in_flight else ():
+        for r in self._in_flight.running if self._in_flight else ():
             if r and r.number == number:
                 r.over = True
         for i, r in enumerate(self._running):
@@ -262,6 +335,7 @@ class Engine:
 
     def step(self) -> list[Burst]:
         """Admit what fits, prefill a chunk, start the next burst, and return the one before it."""
+        self._settle()
         self._admit()
         self._fill()
         before, self._in_flight = self._in_flight, self._dispatch()
@@ -519,41 +593,42 @@ class Engine:
 
     # --- tokens out of slots
 
-    def _dispatch(self):
+    def _dispatch(self) -> _Flight | None:
         running = [r if r is not None and not r.filling else None for r in self._running]
         going = [r for r in running if r is not None]
         if not going:
             return None
-        compiled = dict(
-            steps=BURST,
-            top_logprobs=any(r.request.top_logprobs for r in going),
-            restricted=any(r.request.sampling.restricted for r in going),
-        )
+        top = any(r.request.top_logprobs for r in going)
+        # three programs, not four: the rare one does everything
+        restricted = top or any(r.request.sampling.restricted for r in going)
+        compiled = dict(steps=BURST, top_logprobs=top, restricted=restricted)
         sites = tuple(dict.fromkeys(s for r in going for s in r.request.sites))
         edited = any(r.request.edits for r in self._running if r is not None)
         if not edited:
             self._edits = self._track = None  # of slots that are done
-        if edited or sites:
-            edits, track = (self._edits.edits(), self._track) if edited else (None, None)
-            self.cache, self.slots, track, *out = self.programs.decode_edited(
-                self.cache, self.slots, track, edits, sites=sites, **compiled
-            )
-            self._track = track
-        else:
-            self.cache, self.slots, out = self.programs.decode(self.cache, self.slots, **compiled)
-            out = (out, {})
+        edits, track = (self._edits.edits(), self._track) if edited else (None, None)
+        cache, slots = self.cache, self.slots
+
+        def launch():
+            if not edited and not sites:
+                after, then, out = self.programs.decode(cache, slots, **compiled)
+                return after, then, None, (out, {})
+            given = (cache, slots, track, edits)
+            after, then, tracked, *out = self.programs.decode_edited(*given, sites=sites, **compiled)
+            return after, then, tracked, out
+
+        flight = _Flight(running, self._launch(launch))
         for slot, r in enumerate(running):
             if r is not None:
                 r.asked += BURST
                 if r.asked >= r.limit:  # its last token is on its way, so the slot is free for the next
                     self._vacate(slot)
-        return running, out
+        return flight
 
-    def _collect(self, in_flight) -> list[Burst]:
-        running, out = in_flight
-        (tokens, logprobs, top_ids, top_logprobs), seen = jax.device_get(out)
+    def _collect(self, flight: _Flight) -> list[Burst]:
+        (tokens, logprobs, top_ids, top_logprobs), seen = jax.device_get(flight.out)
         bursts = []
-        for slot, r in enumerate(running):
+        for slot, r in enumerate(flight.running):
             if r is None or r.over:
                 continue
             n = int(np.argmax(tokens[:, slot] < 0)) if (tokens[:, slot] < 0).any() else len(tokens)

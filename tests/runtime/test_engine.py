@@ -1,6 +1,7 @@
 """The engine: what it chooses is what the model says, whatever else runs beside it."""
 
 import dataclasses
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +9,10 @@ import numpy as np
 import pytest
 
 from ds4jax import DS4Error
+from ds4jax.pallas import lowering
+from ds4jax.quant import api
 from ds4jax.runtime import Engine, Request, Sampling, programs
-from ds4jax.runtime.engine import BURST
+from ds4jax.runtime.engine import BURST, _Launcher
 from tests.runtime.conftest import CONTEXT, weights_of
 
 GREEDY = Sampling(temperature=0)
@@ -343,8 +346,11 @@ def test_damaged_weights_are_an_error_not_text(lm, engine, arrays, alone):
 
 
 def test_options_are_data(lm, engine):
-    """Nothing is compiled anew for other options, slots or numbers of prompts."""
+    """Nothing is compiled anew for other options, slots or numbers of prompts, once the three programs that decode
+    are there: without top_k and top_p, with them, and with the likeliest tokens."""
     run(engine, *CASES)
+    for sampling, top in ((GREEDY, 0), (Sampling(top_p=0.5), 0), (GREEDY, 1)):
+        run(engine, Request(prompt(3), 2, sampling, top_logprobs=top))
     decode, prefill = lm.programs._decode, lm.programs._prefill
     before = decode._cache_size(), prefill._cache_size()
     run(
@@ -356,6 +362,55 @@ def test_options_are_data(lm, engine):
         Request(prompt(2), 5),
     )
     assert (decode._cache_size(), prefill._cache_size()) == before
+
+
+def test_bursts_are_called_beside_what_reads_them(engine, monkeypatch):
+    """While a call of the next burst lasts, the one before can be read."""
+    seen, waiting, decode = [], threading.Event(), engine.programs.decode
+
+    def slow(*args, **kw):
+        if seen:
+            assert waiting.wait(20)
+        seen.append(threading.current_thread())
+        return decode(*args, **kw)
+
+    monkeypatch.setattr(engine.programs, "decode", slow)
+    engine.submit(Request(prompt(5), 3 * BURST, GREEDY))
+    assert engine.step() == []
+    (first,) = engine.step()  # the second burst's call does not end before this
+    waiting.set()
+    rest = list(engine.run())
+    assert len(first.tokens) == BURST and [len(b.tokens) for b in rest] == [BURST, BURST]
+    assert len(set(seen)) == 1 and seen[0] is not threading.main_thread()
+
+
+def test_settings_of_the_caller_hold_for_its_calls():
+    launch = _Launcher()
+    assert launch(threading.current_thread).result() is not threading.main_thread()
+    for setting in (
+        jax.default_matmul_precision("highest"),
+        jax.debug_nans(True),
+        jax.default_device(jax.devices()[0]),
+    ):
+        with setting:
+            assert launch(threading.current_thread).result() is threading.main_thread()
+    with api.kernels("xla"), lowering.interpreted():
+        assert launch(lambda: (api.chosen(), lowering.mode())).result() == ("xla", True)
+    assert launch(lowering.mode).result() is None
+
+
+def test_a_call_that_fails_is_told_and_forgotten(engine, monkeypatch, alone):
+    def broken(*args, **kw):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.programs, "decode", broken)
+        engine.submit(Request(prompt(5), 20, GREEDY))
+        with pytest.raises(RuntimeError, match="out of memory"):
+            list(engine.run())
+        engine.abort()
+    assert not engine.busy and engine.cache is None
+    same(run(engine, *CASES[:2]), alone[:2])
 
 
 def test_chunk_lengths(monkeypatch):
