@@ -82,16 +82,19 @@ def scores_many(q: Array, weights: Array, keys: Array, first: Array, ratio: int)
     [B, T, N], -inf where an entry, one for `ratio` tokens, is not finished at position first[b] + t."""
     B, T, H, d = q.shape
     N = keys.shape[1]
-    queries = min(QUERIES, T)
+    queries = min(QUERIES, 1 << (T - 1).bit_length())
+    # a query of many heads weighs more than keys, and is read once for all that a program has
+    tuning = lo.Tuning(rows=256, warps=8, stages=2) if lo.capability() >= 9 else lo.Tuning(rows=64, warps=4, stages=1)
+    width = min(tuning.rows, max(16, 1 << (N - 1).bit_length()))
 
     def kernel(q_ref, weights_ref, keys_ref, first_ref, out_ref):
         tiles = -(-T // queries)
         b, begin = pl.program_id(0) // tiles, pl.program_id(0) % tiles * queries
-        i = pl.program_id(1) * KEYS + jnp.arange(KEYS, dtype=jnp.int32)
+        i = pl.program_id(1) * width + jnp.arange(width, dtype=jnp.int32)
         h, c = jnp.arange(H, dtype=jnp.int32), jnp.arange(d, dtype=jnp.int32)[None]
         exists, position = i < N, first_ref[b]
         last = lax.div(position + jnp.minimum(begin + queries, T), ratio)
-        seen_by_any = pl.program_id(1) * KEYS < last
+        seen_by_any = pl.program_id(1) * width < last
 
         @pl.when(seen_by_any)
         def _():
@@ -110,12 +113,12 @@ def scores_many(q: Array, weights: Array, keys: Array, first: Array, ratio: int)
         @pl.when(~seen_by_any)
         def _():
             t = jnp.minimum(begin + jnp.arange(queries, dtype=jnp.int32), T - 1)
-            nothing = jnp.full((queries, KEYS), -jnp.inf, jnp.float32)
+            nothing = jnp.full((queries, width), -jnp.inf, jnp.float32)
             lo.store(out_ref, (b, t[:, None], i[None]), nothing, mask=exists[None] & (t >= 0)[:, None])
 
     return lo.call(
         kernel, jax.ShapeDtypeStruct((B, T, N), jnp.float32), q, weights, keys, first,
-        grid=(B * -(-T // queries), -(-N // KEYS)), tuning=lo.Tuning(warps=4, stages=2), name="index_scores_many",
+        grid=(B * -(-T // queries), -(-N // width)), tuning=tuning, name="index_scores_many",
     )  # fmt: skip
 
 

@@ -146,3 +146,15 @@ def test_lowers_for_cuda(N):
 
     text = lowering.lower_for_cuda(run, *args, shape((1,), jnp.int32))
     assert "index_scores" in text and "index_best" in text
+
+
+@pytest.mark.parametrize("T, N", [(1, 3), (5, 700), (4096, 65536)])
+def test_many_tokens_lower_for_cuda(T, N):
+    shape = jax.ShapeDtypeStruct
+    args = shape((1, T, 64, 128), jnp.bfloat16), shape((1, T, 64), jnp.float32), shape((1, N, 128), jnp.bfloat16)
+
+    def run(q, w, keys, start):
+        return choose_entries_many(q, w, keys, start, 512, 4, implementation="pallas")
+
+    text = lowering.lower_for_cuda(run, *args, shape((1,), jnp.int32))
+    assert "index_scores_many" in text and "index_best" in text
