@@ -175,72 +175,66 @@ def _by_width(M: int, count: Array, body: Callable[[int], None]) -> None:
         pl.when((count > width // 2) & (count <= width))(lambda width=width: body(width))
 
 
+def _grouped(
+    name: str, x: Array, stacks: list[Stack], ids: Array, more: list[Array], dtype: Any, tuning: lo.Tuning | None,
+    source: Callable[[Any], Any], finish: Callable[..., Array],
+) -> Array:  # fmt: skip
+    """Every assignment's products with its expert's rows of `stacks`: [T·k, out] of `dtype`.
+
+    x: [rows, K]; an assignment n has row source(n). finish(n, refs of `more`, *products [1]) → [1].
+    """
+    K, N, first = x.shape[1], ids.size, stacks[0]
+    E, out = first.parts["codes"].shape[:2]
+    for stack in stacks:
+        matvec.fits(stack.format, K)
+    tuning = tuning or tuned.lookup("bytes", first.format, out, K)
+    digits = activations.digits_for(x.dtype)
+    R, M = min(tuning.rows, matvec.power_of_two(out)), min(tuning.tokens, matvec.power_of_two(N))
+    arguments = [stack.arguments() for stack in stacks]
+
+    def kernel(*refs):
+        refs, out_ref = list(refs[:-1]), refs[-1]
+        take = lambda n: [refs.pop(0) for _ in range(n)]  # noqa: E731
+        more_refs, (order_ref, expert_ref, start_ref, count_ref), x_refs = take(len(more)), take(4), take(3)
+        given = [(stack, tuple(take(len(its)))) for stack, its in zip(stacks, arguments, strict=True)]
+        mine = matvec.program_rows(pl.program_id(0), R)
+        i = pl.program_id(1)
+        start, count = start_ref[i], count_ref[i]
+
+        def tile(width):
+            rows = [expert_ref[i] * out + matvec.inside(row, R, out) for row in mine]
+            ns = [order_ref[start + j] for j in range(width)]
+            results = _products(given, rows, K, tuning, tuple(x_refs), [source(n) for n in ns], digits)
+            for row, of_row in zip(mine, results, strict=True):
+                for j, (n, *sums) in enumerate(zip(ns, *of_row, strict=True)):
+                    y = finish(n, more_refs, *sums)
+                    lo.store(out_ref, (n, row), y, mask=(row < out) & (j < count))
+
+        _by_width(M, count, tile)
+
+    plan = schedule(ids, E, M)
+    return lo.call(
+        kernel, jax.ShapeDtypeStruct((N, out), dtype), *more, *plan, *_digits(x, digits),
+        *(a for its in arguments for a in its), grid=(-(-out // R), plan.expert.shape[0]), tuning=tuning,
+        name=f"bytes_{name}_{first.format.lower()}",
+    )  # fmt: skip
+
+
 def grouped_swiglu(
     x: Array, gate: Stack, up: Stack, ids: Array, weights: Array, limit: float, tuning: lo.Tuning | None = None
 ) -> Array:
     """`quant.expert_swiglu` for a batch: x[T, D], ids and weights [T, k] → h[T, k, F] in x's dtype."""
-    (T, D), k, F, E = x.shape, ids.shape[1], gate.out, gate.parts["codes"].shape[0]
-    for stack in (gate, up):
-        matvec.fits(stack.format, D)
-    tuning = tuning or tuned.lookup("bytes", gate.format, F, D)
-    digits = activations.digits_for(x.dtype)
-    R, M = min(tuning.rows, matvec.power_of_two(F)), min(tuning.tokens, matvec.power_of_two(T * k))
-    first = len(gate.arguments())
+    k = ids.shape[1]
 
-    def kernel(weights_ref, order_ref, expert_ref, start_ref, count_ref, *refs):
-        x_refs, stack_refs, out_ref = refs[:3], refs[3:-1], refs[-1]
-        mine = matvec.program_rows(pl.program_id(0), R)
-        i = pl.program_id(1)
-        start, count = start_ref[i], count_ref[i]
+    def finish(n, refs, gate, up):
+        return activation(gate, up, refs[0][n], limit)
 
-        def tile(width):
-            rows = [expert_ref[i] * F + matvec.inside(row, R, F) for row in mine]
-            ns = [order_ref[start + j] for j in range(width)]
-            both = [(gate, stack_refs[:first]), (up, stack_refs[first:])]
-            results = _products(both, rows, D, tuning, x_refs, [n // k for n in ns], digits)
-            for row, pair in zip(mine, results, strict=True):
-                for j, (n, *sums) in enumerate(zip(ns, *pair, strict=True)):
-                    lo.store(out_ref, (n, row), activation(*sums, weights_ref[n], limit), mask=(row < F) & (j < count))
-
-        _by_width(M, count, tile)
-
-    plan = schedule(ids, E, M)
-    h = lo.call(
-        kernel, jax.ShapeDtypeStruct((T * k, F), x.dtype), weights.reshape(-1), *plan, *_digits(x, digits),
-        *gate.arguments(), *up.arguments(), grid=(-(-F // R), plan.expert.shape[0]), tuning=tuning,
-        name=f"bytes_swiglu_{gate.format.lower()}",
-    )  # fmt: skip
-    return h.reshape(T, k, F)
+    h = _grouped("swiglu", x, [gate, up], ids, [weights.reshape(-1)], x.dtype, tuning, lambda n: n // k, finish)
+    return h.reshape(*ids.shape, gate.out)
 
 
 def grouped_down(h: Array, stack: Stack, ids: Array, tuning: lo.Tuning | None = None) -> Array:
     """`quant.expert_down` for a batch: h[T, k, F], ids[T, k] → y[T, D] in h's dtype."""
-    (T, k, F), D, E = h.shape, stack.out, stack.parts["codes"].shape[0]
-    matvec.fits(stack.format, F)
-    tuning = tuning or tuned.lookup("bytes", stack.format, D, F)
-    digits = activations.digits_for(h.dtype)
-    R, M = min(tuning.rows, matvec.power_of_two(D)), min(tuning.tokens, matvec.power_of_two(T * k))
-
-    def kernel(order_ref, expert_ref, start_ref, count_ref, *refs):
-        x_refs, stack_refs, out_ref = refs[:3], refs[3:-1], refs[-1]
-        mine = matvec.program_rows(pl.program_id(0), R)
-        i = pl.program_id(1)
-        start, count = start_ref[i], count_ref[i]
-
-        def tile(width):
-            rows = [expert_ref[i] * D + matvec.inside(row, R, D) for row in mine]
-            ns = [order_ref[start + j] for j in range(width)]
-            results = _products([(stack, stack_refs)], rows, F, tuning, x_refs, ns, digits)
-            for row, (ys,) in zip(mine, results, strict=True):
-                for j, (n, y) in enumerate(zip(ns, ys, strict=True)):
-                    lo.store(out_ref, (n, row), y, mask=(row < D) & (j < count))
-
-        _by_width(M, count, tile)
-
-    plan = schedule(ids, E, M)
-    y = lo.call(
-        kernel, jax.ShapeDtypeStruct((T * k, D), jnp.float32), *plan, *_digits(h.reshape(T * k, F), digits),
-        *stack.arguments(), grid=(-(-D // R), plan.expert.shape[0]), tuning=tuning,
-        name=f"bytes_down_{stack.format.lower()}",
-    )  # fmt: skip
-    return jnp.sum(y.reshape(T, k, D), axis=1).astype(h.dtype)
+    T, k, F = h.shape
+    y = _grouped("down", h.reshape(T * k, F), [stack], ids, [], jnp.float32, tuning, lambda n: n, lambda n, refs, y: y)
+    return jnp.sum(y.reshape(T, k, stack.out), axis=1).astype(h.dtype)

@@ -81,9 +81,9 @@ def once(fn: Callable[..., Any], *args: Any) -> Any:
 
     fn must be a function of a module. Arguments are arrays or trees of arrays, or hashable constants.
     """
-    is_array = lambda a: any(isinstance(x, jax.Array | np.ndarray) for x in jax.tree.leaves(a))  # noqa: E731
-    arrays = [a for a in args if is_array(a)]
-    rest = tuple(_Array if is_array(a) else a for a in args)
+    is_array = [any(isinstance(x, jax.Array | np.ndarray) for x in jax.tree.leaves(a)) for a in args]
+    arrays = [a for a, yes in zip(args, is_array, strict=True) if yes]
+    rest = tuple(_Array if yes else a for a, yes in zip(args, is_array, strict=True))
     return _traced(fn)(rest, (chosen(), lowering.mode()), arrays)
 
 
