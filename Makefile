@@ -21,10 +21,10 @@ demo: $(VENV)/installed
 	$(BIN)/ds4jax generate nano "Once upon a time" --echo --max-tokens 200 --temperature 0.8 --seed 7
 
 test: $(VENV)/installed-dev
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m 'not full' -n 2
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m 'not full' -n 2 --dist worksteal
 
 test-full: $(VENV)/installed-dev
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -164,7 +164,7 @@ class _Launcher:
     """A thread that makes calls, with the caller's context variables."""
 
     def __init__(self):
-        self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="ds4jax-launch")
+        self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="decode")
 
     def __call__(self, fn: Callable[[], Any]) -> concurrent.futures.Future:
         here = _options()
