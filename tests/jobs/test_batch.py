@@ -205,8 +205,12 @@ def slow(pause=0.01) -> Fake:
     return Fake(slots=2, pause=pause)
 
 
-def after(seconds: float, *signals: int) -> None:
+def after(seconds: float, *signals: int, begun: Fake | None = None) -> None:
+    """Send each signal so many seconds after the one before; the first once `begun` has begun something."""
+
     def send():
+        while begun is not None and not begun.began:
+            time.sleep(0.01)
         for s in signals:
             time.sleep(seconds)
             os.kill(os.getpid(), s)
@@ -233,7 +237,7 @@ def test_a_second_signal_stops_now(tmp_path):
     path = write(tmp_path / "in.jsonl", [b'{"prompt": "x", "max_tokens": 4000}'] * 50)
     fake = slow(0.05)
     handler = signal.getsignal(signal.SIGINT)  # a shell's background jobs start with it ignored
-    after(0.2, signal.SIGINT, signal.SIGINT)
+    after(0.2, signal.SIGINT, signal.SIGINT, begun=fake)
     start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         batch([path], lambda: fake, tmp_path / "out", QUICK)
