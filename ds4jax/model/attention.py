@@ -132,6 +132,11 @@ def _near(keys: Array, start: Array, at: Array | int, size: int, W: int) -> tupl
     return near, in_reach[None] & exists[:, None]
 
 
+def _visible(positions: Array, N: int, ratio: int) -> Array:
+    """Which of N entries, one for `ratio` tokens, are finished at positions [B, Q]: bool [B, Q, N]."""
+    return jnp.arange(N, dtype=jnp.int32) < jax.lax.div(positions + 1, ratio)[..., None]
+
+
 def _attend_many_rows(q, keys, start, entries, rows, sink, cos, sin, ratio):
     """What the kernel `many` computes, in plain JAX."""
     T, W = q.shape[1], keys.shape[1] - q.shape[1]
@@ -146,8 +151,7 @@ def _attend_many_rows(q, keys, start, entries, rows, sink, cos, sin, ratio):
         cut = lambda a: jax.lax.dynamic_slice_in_dim(a, at, size, axis=1)  # noqa: E731
         parts = [_near(keys, start, at, size, W)]
         if entries is not None:
-            finished = jax.lax.div(start[:, None] + at + jnp.arange(1, size + 1, dtype=jnp.int32), ratio)
-            visible = jnp.arange(entries.shape[1], dtype=jnp.int32) < finished[..., None]
+            visible = _visible(start[:, None] + at + jnp.arange(size, dtype=jnp.int32), entries.shape[1], ratio)
             parts.append((entries, visible) if rows is None else (pick(entries, cut(rows)), cut(rows) >= 0))
         return attend(cut(q), parts, sink)[0]
 
@@ -264,8 +268,7 @@ def choose_entries_many(
         q_block, w_block = (jax.lax.dynamic_slice_in_dim(a, at, size, axis=1) for a in (q, w))
 
         def plain():
-            finished = jax.lax.div(start[:, None] + at + jnp.arange(1, size + 1, dtype=jnp.int32), ratio)
-            visible = jnp.arange(N, dtype=jnp.int32) < finished[..., None]
+            visible = _visible(start[:, None] + at + jnp.arange(size, dtype=jnp.int32), N, ratio)
             return jnp.where(visible, index_scores(q_block, w_block, keys), -jnp.inf)
 
         def pallas():
@@ -471,7 +474,7 @@ class Attention(nnx.Module):
             return [], {}
         B, Q = positions.shape
         N = cache.entries.shape[1]
-        visible = jnp.arange(N, dtype=jnp.int32) < (jax.lax.div(positions + 1, self.ratio))[..., None]
+        visible = _visible(positions, N, self.ratio)
         if self.ratio != 4:
             return [(everything(cache.entries), visible)], {}
         scores = index_scores(*index_query, everything(cache.index_keys))
