@@ -137,7 +137,7 @@ def runnable(path: Path, arrays: dict[str, jax.Array], length: int, args) -> ds4
 
     Plain weights give the same scores, and all files of one config share their compiled programs.
     """
-    lm = ds4jax.load(path, context=length, dtype=args.dtype, verbose=False)
+    lm = ds4jax.load(path, context=length, dtype=args.dtype, kernels=args.kernels, verbose=False)
     if args.plain:
         graphdef, state = runtime.build_model(lm.config, arrays, dtype=lm.platform.dtype)
         lm = ds4jax.LM(lm.config, graphdef, state, lm.tokenizer, platform=lm.platform, context=length)
@@ -268,6 +268,7 @@ def main() -> None:
     add("--items", type=int, default=500, help="held-out items of each task")
     add("--only", nargs="+", choices=list(exam.PARTS), default=list(exam.PARTS), help="tasks' parts")
     add("--plain", action="store_true", help="tasks with weights dequantized once: one compilation for all files")
+    add("--kernels", default="auto", help="of the tasks' models: auto, exact, pallas or xla")
     add("--drafts", type=int, default=64, help="replies of each task whose MTP drafts are judged")
     add("--seed", type=int, default=0)
     add("--keep", action="store_true", help="leave out what --out already holds")
