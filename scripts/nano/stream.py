@@ -29,7 +29,8 @@ from .synth import Item
 
 CLASS_SHIFT = 13
 CLASSES = ("text", "answer", "prompt", "reply", "value", "padding")
-"""Plain text; answers within it; what is given to a chat; what the assistant writes; the values of recall in it."""
+"""Plain text; answers within it; what is given to a chat; what the assistant writes; in that the values of recall and
+where a use of tools is decided."""
 WEIGHTS = (1.0, 3.0, 0.1, 2.0, 8.0, 0.0)
 """How much a token of each class counts in the loss, next to running text."""
 

@@ -43,17 +43,13 @@ def text_windows(groups: Mapping[str, Group], T: int, limit: int) -> np.ndarray:
 
 def item_windows(tokenizer: Tokenizer, items: Sequence[Item], T: int) -> tuple[np.ndarray, np.ndarray]:
     """Dialogues that fit, one a row, padded: tokens [n, T + 2] and the mask of the asked reply, of recall its value."""
-    fits, begins = [], []
-    for item, row in zip(items, stream.marked(tokenizer, items), strict=True):
-        if len(row) <= T + 2:
-            fits.append(row)
-            begins.append(len(tokenizer.encode(item.text[: item.meta["prompt"]])))
+    fits = [(i, row) for i, row in zip(items, stream.marked(tokenizer, items), strict=True) if len(row) <= T + 2]
+    value, reply = stream.CLASSES.index("value"), stream.CLASSES.index("reply")
     tokens, mask = np.zeros((len(fits), T + 2), np.int32), np.zeros((len(fits), T + 2), bool)
-    for i, (row, begin) in enumerate(zip(fits, begins, strict=True)):
+    for i, (item, row) in enumerate(fits):
+        begin = len(tokenizer.encode(item.text[: item.meta["prompt"]]))
         kinds = row >> stream.CLASS_SHIFT
         tokens[i, : len(row)] = row & ((1 << stream.CLASS_SHIFT) - 1)
-        value = stream.CLASSES.index("value")
-        wanted = kinds == (value if (kinds == value).any() else stream.CLASSES.index("reply"))
-        end = begin + int(np.argmin(np.append(kinds[begin:] >= stream.CLASSES.index("reply"), False)))
-        mask[i, begin:end] = wanted[begin:end]
+        end = begin + int(np.argmin(np.append(kinds[begin:] >= reply, False)))
+        mask[i, begin:end] = kinds[begin:end] == value if item.skill == "recall" else True
     return tokens, mask

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from random import Random
 
 from .. import grammar, synth
@@ -19,6 +20,16 @@ TOOLS = synth.TOOLS | {
     "set_light": schema("set_light", "Switches the light in a room", ["room", "on"], room="string", on="boolean"),
     "get_price": schema("get_price", "Price of a thing in the shop", ["thing"], thing="string"),
 }  # fmt: skip
+NAMES = {
+    "get_weather": "get_weather weather current_weather check_weather", "get_time": "get_time local_time clock time_in",
+    "calculator": "calculator compute calc do_math", "set_timer": "set_timer timer start_timer new_timer",
+    "search": "search web_search find_pages look_up", "send_message": "send_message message write_to send_text",
+    "convert": "convert units convert_units change_units", "play_music": "play_music music play start_music",
+    "translate": "translate dictionary to_language translate_word", "add_event": "add_event calendar new_event plan",
+    "find_route": "find_route route directions way_to", "add_item": "add_item shopping_list buy add_to_list",
+    "set_light": "set_light light switch_light lamp", "get_price": "get_price price price_of ask_price",
+}  # fmt: skip
+"""What a tool may be called: that a wish is for the weather does not tell a model the name, nor that there is a tool."""
 LANGUAGES = "French German Spanish Italian Dutch Polish Greek Turkish".split()
 ROOMS = "kitchen bathroom bedroom hall cellar garage office".split()
 EVENTS = "dinner|a meeting|the dentist|football|piano lesson|a party|lunch|the concert".split("|")
@@ -65,41 +76,63 @@ def _mark(asked: str) -> str:
 
 
 def make(rng: Random, kind: str | None = None, think: bool | None = None, results: bool = False) -> Item:
-    """One dialogue with one to five tools. kind: "one", "two", "none" (no tool fits) or "direct" (none is needed).
+    """One dialogue with one to five tools under one of their names. kind: "one", "two", "none" (no tool fits) or "direct" (none is needed).
 
     results: ask for the answer from the calls' results, not for the calls; only of "one" and "two".
     """
-    kind = kind or rng.choice(("one", "one", "one", "two", "two", "none", "direct") if not results else ("one", "two"))
+    kinds = ("one", "two") if results else ("one",) * 3 + ("two",) * 2 + ("none",) * 3 + ("direct",)
+    kind = kind or rng.choice(kinds)
     think = rng.random() < 0.5 if think is None else think
-    names = rng.sample(sorted(TOOLS), rng.randint(1, 5))
-    chat = Chat(system(rng), [TOOLS[name] for name in names])
+    tools = rng.sample(sorted(TOOLS), rng.randint(1, 5))
+    name_of = {tool: rng.choice(NAMES[tool].split()) for tool in tools}
+    names = list(name_of.values())
+    chat = Chat(system(rng), [TOOLS[tool] | {"name": name} for tool, name in name_of.items()])
+    mine = f"My tools are {', '.join(names)}."
     if kind == "direct":
         question, matters, terse, _ = register._knowledge(rng)
         chat.user(question).assistant(terse, "I know this without a tool." if think else None)
-        return chat.done("tools", f"{question} {names}", kind=kind, calls=[], expected=matters)
+        return chat.done(
+            "tools", f"{question} {names}", values=_decisions(chat), kind=kind, calls=[], expected=matters
+        )  # fmt: skip
     if kind == "none":
-        missing = rng.choice(sorted(set(TOOLS) - {*names, "calculator", "search"}))
+        missing = rng.choice(sorted(set(TOOLS) - {*tools, "calculator", "search"}))
         asked, _, _, _, phrase = request(rng, missing)
-        why = f"The user wants {phrase}. My tools are {', '.join(names)}. None of them fits."
+        why = f"The user wants {phrase}. {mine} None of them fits."
         chat.user(asked + _mark(asked)).assistant(f"I am sorry, I have no tool for {phrase}.", why if think else None)
-        return chat.done("tools", f"{asked} {names}", kind=kind, calls=[], expected="no tool")
-    chosen = [rng.choice(names) for _ in range(1 if kind == "one" else 2)]
-    wishes = [request(rng, name) for name in chosen]
+        return chat.done(
+            "tools", f"{asked} {names}", values=_decisions(chat), kind=kind, calls=[], expected="no tool"
+        )  # fmt: skip
+    chosen = [rng.choice(tools) for _ in range(1 if kind == "one" else 2)]
+    wishes = [request(rng, tool) for tool in chosen]
     asked = wishes[0][0] + _mark(wishes[0][0])
     if kind == "two":
         second = wishes[1][0][0].lower() + wishes[1][0][1:]
         asked = rng.choice(
             (f"{wishes[0][0]}, and {second}{_mark(wishes[0][0])}", f"{asked} And {second}{_mark(wishes[1][0])}")
         )
-    calls = [(name, wish[1]) for name, wish in zip(chosen, wishes, strict=True)]
-    why = " and ".join(f"{wish[4]} with {name}" for name, wish in zip(chosen, wishes, strict=True))
-    chat.user(asked).assistant("", f"I can get {why}." if think else None, calls)
+    calls = [(name_of[tool], wish[1]) for tool, wish in zip(chosen, wishes, strict=True)]
+    fit = list(dict.fromkeys(name for name, _ in calls))
+    fitting = f"{' and '.join(fit)} fit{'s' if len(fit) == 1 else ''}."
+    why = f"The user wants {' and '.join(wish[4] for wish in wishes)}. {mine} {fitting}"
+    chat.user(asked).assistant("", why if think else None, calls)
+    values = _decisions(chat)
     chat.result(*(wish[2] for wish in wishes))
     chat.assistant(" ".join(wish[3] for wish in wishes), "I have the results." if think else None)
     return chat.done(
-        "tools", f"{asked} {names}", asked=-1 if results else 0, kind="results" if results else kind,
+        "tools", f"{asked} {names}", asked=-1 if results else 0, kind="results" if results else kind, values=values,
         calls=[] if results else calls, expected=" ".join(wish[3] for wish in wishes) if results else "",
     )  # fmt: skip
+
+
+def _decisions(chat: Chat) -> list[tuple[int, int]]:
+    """Where the last turn decides: the first character of what it says or calls, the names that it calls by, and the
+    sentence in its thoughts that says which tool fits."""
+    start, stop = chat.answers[-1]
+    text = "".join(chat.parts)[start:stop]
+    says = text.find("</think>") + len("</think>") if "</think>" in text else 0
+    spans = [(says, says + 1), *(m.span(1) for m in re.finditer(r'invoke name="([^"]+)"', text))]
+    spans += [m.span(1) for m in re.finditer(r"\. ([^.]+ fits?)\.</think>", text)]
+    return sorted((start + a, start + b) for a, b in spans)
 
 
 def well_formed(item: Item, reply: Reply) -> bool:
