@@ -11,6 +11,7 @@ products of four of them.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -133,7 +134,8 @@ def down(h: Array, stack: Stack, ids: Array, tuning: lo.Tuning | None = None) ->
         *_digits(h.reshape(T * k, F), digits), *stack.arguments(), grid=(T * k, -(-D // R)), tuning=tuning,
         name=f"down_{stack.format.lower()}",
     )  # fmt: skip
-    return jnp.sum(y.reshape(T, k, D), axis=1).astype(h.dtype)
+    y = y.reshape(T, k, D)
+    return functools.reduce(lambda a, j: a + y[:, j], range(1, k), y[:, 0]).astype(h.dtype)
 
 
 # ---- batches ---------------------------------------------------------------------------------------------------------

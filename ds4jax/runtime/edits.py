@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
@@ -26,6 +27,7 @@ Array = jax.Array
 PROMPT, THINKING, TOOL_CALL, FINAL = range(4)  # regions of a sequence, as the automaton's labels have them
 EVERYWHERE = 0b1111  # a bit per region
 FOREVER = 2**31 - 1
+STRIPS = 32
 
 LINEAR = ("add", "project", "scale")  # several of one kind at a site read the same value and are applied together
 KINDS = (*LINEAR, "replace", "clamp", "pin", "fn")
@@ -243,8 +245,7 @@ class Editor:
             new, touched = x * jnp.prod(factor, axis=2), on
         else:
             if kind == "project":
-                axes = tuple(range(y.ndim + 1 - width, y.ndim + 1))
-                a = -a * jnp.sum(x[:, :, None] * v, axis=axes, keepdims=True)
+                a = -a * _dot(x[:, :, None], v, width)
             new, touched = x + jnp.sum(a * v, axis=2), on & (s != 0)
         return _where(jnp.any(touched, axis=-1), new, y)
 
@@ -269,10 +270,22 @@ class Editor:
         if kind == "clamp":
             return _where(on, jnp.clip(y.astype(jnp.float32), values[0], values[1]), y)
         v, low, high = values  # pin
-        axes = tuple(range(y.ndim - v.ndim, y.ndim))
         x = y.astype(jnp.float32)
-        p = jnp.sum(x * v, axis=axes, keepdims=True)
+        p = _dot(x, v, v.ndim)
         return _where(on, x + (jnp.clip(p, low, high) - p) * v, y)
+
+
+def _dot(x: Array, v: Array, width: int) -> Array:
+    """Σ x·v over the last `width` axes, which stay as ones.
+
+    Summed in strips, and these written out: XLA then makes x, multiplies and sums the strips in one launch and adds
+    them up in the one that uses the result. A plain sum to one number would be two launches in every layer of a token.
+    """
+    products = x * v
+    lead, n = products.shape[:-width], math.prod(products.shape[-width:])
+    strips = jnp.sum(products.reshape(*lead, math.gcd(n, STRIPS), -1), axis=-1)
+    total = functools.reduce(jnp.add, [strips[..., i] for i in range(strips.shape[-1])])
+    return total.reshape(*lead, *[1] * width)
 
 
 def _where(on: Array, new: Array, y: Array) -> Array:
