@@ -40,8 +40,9 @@ PARTS: dict[str, Part] = {
     "recall_256": _recall(256, 0.95),
     "recall_1k": _recall(1000, 0.95, 1408),
     "recall_4k": _recall(3850, 0.9, 4352),
-    "tools": Part((("tools", 1.0, {}),), 256, {"well_formed": 0.99, "right": 0.95}),
-    "tool results": Part((("tools", 1.0, {"results": True}),), 96, share=0.4),
+    "tools": Part((("tools", 1.0, {"renamed": 0.0}),), 256, {"well_formed": 0.99, "right": 0.95}),
+    "tools, other names": Part((("tools", 1.0, {"renamed": 1.0}),), 256, share=0.4),
+    "tool results": Part((("tools", 1.0, {"results": True, "renamed": 0.0}),), 96, share=0.4),
     "register": Part((("register", 1.0, {}),), 128, {"obeyed": 0.95}),
 }
 """What is scored. Facts of recall lie in the first 40 % of a text of so many tokens."""

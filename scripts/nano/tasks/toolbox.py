@@ -75,8 +75,12 @@ def _mark(asked: str) -> str:
     return "?" if asked.startswith(("What", "How")) else "."
 
 
-def make(rng: Random, kind: str | None = None, think: bool | None = None, results: bool = False) -> Item:
-    """One dialogue with one to five tools under one of their names. kind: "one", "two", "none" (no tool fits) or "direct" (none is needed).
+def make(
+    rng: Random, kind: str | None = None, think: bool | None = None, results: bool = False, renamed: float = 0.6
+) -> Item:
+    """One dialogue with one to five tools. kind: "one", "two", "none" (no tool fits) or "direct" (none is needed).
+
+    renamed: how many of the tools go by any of their names, not by the usual one.
 
     results: ask for the answer from the calls' results, not for the calls; only of "one" and "two".
     """
@@ -84,7 +88,7 @@ def make(rng: Random, kind: str | None = None, think: bool | None = None, result
     kind = kind or rng.choice(kinds)
     think = rng.random() < 0.5 if think is None else think
     tools = rng.sample(sorted(TOOLS), rng.randint(1, 5))
-    name_of = {tool: rng.choice(NAMES[tool].split()) for tool in tools}
+    name_of = {tool: rng.choice(NAMES[tool].split()) if rng.random() < renamed else tool for tool in tools}
     names = list(name_of.values())
     chat = Chat(system(rng), [TOOLS[tool] | {"name": name} for tool, name in name_of.items()])
     mine = f"My tools are {', '.join(names)}."
