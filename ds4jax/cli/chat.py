@@ -55,6 +55,7 @@ def chat(
       /help            the commands
       /think [max]     let the model reason before it answers; /nothink: answer at once
       /read FILE       send a file's text as your message
+      /result TEXT     what a call gave; with the last call's result the model goes on
       /save FILE       write the conversation as a JSON list of messages
       /system [TEXT]   set the system message, or show it
       /new             forget the conversation
@@ -84,7 +85,10 @@ def chat(
         _interactive(talk)
     else:
         for line in sys.stdin.buffer:
-            if not talk.take(options.decode(line, "stdin")):
+            text = options.decode(line, "stdin")
+            if not quiet and text.strip():
+                console.note(f"> {text.strip()}")  # as it would stand on a terminal
+            if not talk.take(text):
                 break
 
 
@@ -136,6 +140,7 @@ class Conversation:
             "/think": (self._think, "[max]", "let the model reason before it answers, with max as long as it can"),
             "/nothink": (self._nothink, "", "let the model answer at once"),
             "/read": (self._read, "FILE", "send a file's text as your message"),
+            "/result": (self._result, "TEXT", "what a call gave; with the last call's result the model goes on"),
             "/save": (self._save, "FILE", "write the conversation as a JSON list of messages"),
             "/system": (self._system, "[TEXT]", "set the system message, or show it"),
             "/new": (self._new, "", "forget the conversation"),
@@ -161,7 +166,10 @@ class Conversation:
 
     def ask(self, text: str, stoppable: bool = False) -> None:
         """One turn: the user's message, and the answer to it."""
-        said = [*self.messages, {"role": "user", "content": text}]
+        self._turn([*self.messages, {"role": "user", "content": text}], stoppable)
+
+    def _turn(self, said: list[dict[str, Any]], stoppable: bool) -> None:
+        """The model's answer to the messages so far, which then are the conversation."""
         head = [] if self.system is None else [{"role": "system", "content": self.system}]
         options = {**self.rules, "max_tokens": self.rules["max_tokens"] or self.lm.context}
         clock, answer, stream = Clock(1), console.Answer(), iter(())
@@ -188,6 +196,20 @@ class Conversation:
             console.note(clock.summary(self._kept(before)))
         if output.finish_reason == "context":
             console.note("the context is full: /new starts over", "yellow")
+        self._tell_calls()
+
+    def _open_calls(self) -> list[str]:
+        """Names of the latest calls whose results are still to come, in order."""
+        given = 0
+        for m in reversed(self.messages):
+            if m["role"] != "tool":
+                return [call["function"]["name"] for call in m.get("tool_calls") or ()][given:]
+            given += 1
+        return []
+
+    def _tell_calls(self) -> None:
+        if not self.quiet and (waiting := self._open_calls()):
+            console.note(f"/result TEXT gives what {waiting[0]} returned")
 
     def _kept(self, before: Prefix | None) -> int:
         """How many tokens of the latest prompt the cache held before."""
@@ -219,6 +241,20 @@ class Conversation:
         if not text.strip():
             raise DS4Error(f"{rest}: is empty; nothing to send")
         self.ask(text, self._stoppable)
+        return True
+
+    def _result(self, rest: str) -> bool:
+        waiting = self._open_calls()
+        if not waiting:
+            raise DS4Error("/result: the model waits for no call's result")
+        if not rest:
+            raise DS4Error(f"/result: what did {waiting[0]} return? write /result TEXT")
+        said = [*self.messages, {"role": "tool", "content": rest}]
+        if len(waiting) > 1:
+            self.messages = said
+            self._tell_calls()
+        else:
+            self._turn(said, self._stoppable)
         return True
 
     def _save(self, rest: str) -> bool:

@@ -45,7 +45,9 @@ def test_turns_keep_the_cache_and_what_was_said(cli, random_gguf, lm, tmp_path):
     lines = f"Hi\nand?\n/save {saved}\n"
     result = cli("chat", random_gguf, *SHORT, stdin=lines.encode())
     assert result.code == 0, result.err
-    first, second, note = result.err.splitlines()[-3:]
+    heard = [line for line in result.err.splitlines() if line.startswith("> ")]
+    assert heard == ["> Hi", "> and?", f"> /save {saved}"]
+    first, second, note = [line for line in result.err.splitlines() if line not in heard][-3:]
     messages = json.loads(saved.read_text())
     assert [m["role"] for m in messages] == ["user", "assistant", "user", "assistant"]
     answers = [m["content"] for m in messages[1::2]]
@@ -124,7 +126,8 @@ def test_help_lists_all_commands(cli, script, random_gguf):
     script()
     out = cli("chat", random_gguf, "-q", stdin=b"/help").out
     told = {line.split()[0] for line in out.splitlines()}
-    assert told >= {"/help", "/think", "/nothink", "/read", "/save", "/system", "/new", "/quit", "Ctrl-C", "Ctrl-D"}
+    commands = "/help /think /nothink /read /result /save /system /new /quit Ctrl-C Ctrl-D"
+    assert told >= set(commands.split())
     assert all(name in cli("chat", "--help").out for name in told if name.startswith("/"))
 
 
@@ -134,6 +137,7 @@ def test_help_lists_all_commands(cli, script, random_gguf):
         ("/wrong", "/wrong"),
         ("/read", "/read FILE"),
         ("/read no-such-file.txt", "no-such-file.txt"),
+        ("/result 3", "waits for no call's result"),
         ("/save", "/save FILE"),
         ("/save .", "folder"),
         ("/save no-such-folder/x.json", "no-such-folder"),
@@ -227,6 +231,26 @@ def test_tool_calls_and_reasoning(cli, script, random_gguf, monkeypatch):
     assert result.out == 'Sunny?\nget_weather {"city": "Rome"}\nYes.\n'
     assert lm.asked[1][1]["tool_calls"][0]["function"]["name"] == "get_weather"
     encode_messages(lm.asked[1])  # can be said
+
+
+def test_results_of_calls(cli, script, random_gguf):
+    """The model goes on when the last of its calls has its result; the text between stays one conversation."""
+    inner = CALL.split("tool_calls>\n")[1].split("\n</｜DSML｜tool_calls")[0]
+    lm = script(CALL.replace(inner, f"{inner}\n{inner.replace('Rome', 'Oslo')}"), "Sunny, snowy.", "Yes.")
+    lines = "Rome and Oslo?\n/result 30 degrees\n/result -3 degrees\nSure?\n"
+    result = cli("chat", random_gguf, stdin=lines.encode())
+    assert result.out == 'get_weather {"city": "Rome"}\nget_weather {"city": "Oslo"}\nSunny, snowy.\nYes.\n'
+    assert result.err.count("/result TEXT gives what get_weather returned") == 2
+    assert "> /result -3 degrees" in result.err.splitlines()
+    given = [(m["role"], m["content"]) for m in lm.asked[1]]
+    assert given == [
+        ("user", "Rome and Oslo?"), ("assistant", ""), ("tool", "30 degrees"), ("tool", "-3 degrees"),
+    ]  # fmt: skip
+    assert [m["role"] for m in lm.asked[2]] == ["user", "assistant", "tool", "tool", "assistant", "user"]
+    encode_messages(lm.asked[2])  # can be said
+    script(CALL)
+    result = cli("chat", random_gguf, "-q", stdin=b"x\n/result")
+    assert result.code == 2 and "what did get_weather return?" in result.err
 
 
 def test_a_full_context(cli, random_gguf):
