@@ -19,6 +19,8 @@ $(VENV)/installed-dev: $(VENV)/installed
 demo: $(VENV)/installed
 	$(BIN)/ds4jax inspect nano
 	$(BIN)/ds4jax generate nano "Once upon a time" --echo --max-tokens 200 --temperature 0.8 --seed 7
+	printf '%s\n' 'What is the weather in Oslo?' '/result {"weather": "snowy", "degrees": -3}' \
+		| $(BIN)/ds4jax chat nano --think --tools examples/tools.json --temperature 0
 
 test: $(VENV)/installed-dev
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m 'not full' -n 2 --dist worksteal

@@ -38,8 +38,8 @@ PARTS: dict[str, Part] = {
         (("sums", 0.7, {"think": False}), ("dates", 0.3, {"think": False})), 160, share=0.4
     ),
     "recall_256": _recall(256, 0.95),
-    "recall_1k": _recall(1000, 0.95, 1408),
-    "recall_4k": _recall(3850, 0.9, 4352),
+    "recall_1k": _recall(1000, 0.95, 1664),
+    "recall_4k": _recall(3850, 0.9, 4864),
     "tools": Part((("tools", 1.0, {"renamed": 0.0}),), 256, {"well_formed": 0.99, "right": 0.95}),
     "tools, other names": Part((("tools", 1.0, {"renamed": 1.0}),), 256, share=0.4),
     "tool results": Part((("tools", 1.0, {"results": True, "renamed": 0.0}),), 96, share=0.4),
