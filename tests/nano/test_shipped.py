@@ -91,12 +91,10 @@ def test_recall_goes_through_the_indexer(judge, heldout):
 CALLS = exam.Part((("tools", 1.0, {"kind": "two", "renamed": 0.0}),), 256)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
-    "part, key", [
-        pytest.param(exam.PARTS["arithmetic"], "right", id="arithmetic", marks=pytest.mark.full),
-        pytest.param(exam.PARTS["register"], "obeyed", id="register", marks=pytest.mark.full),
-        pytest.param(CALLS, "right", id="calls"),
-    ],
+    "part, key", [(exam.PARTS["arithmetic"], "right"), (exam.PARTS["register"], "obeyed"), (CALLS, "right")],
+    ids=["arithmetic", "register", "calls"],
 )  # fmt: skip
 def test_held_out_items_are_answered(lm, part, key):
     """A few of the exam's items, answered by the packed file as a user would have them."""

@@ -81,7 +81,7 @@ def test_batches_by_byte_products_of_codebooks(rng, name):
     check_down(rng, 10, ids, experts.grouped_down, BATCH, name)
 
 
-@pytest.mark.parametrize("M", [1, 4])
+@pytest.mark.parametrize("M", [1, pytest.param(4, marks=pytest.mark.full)])
 def test_any_number_of_assignments_a_program(rng, M):
     ids = choices(rng, 9, "the ends")
     check_down(rng, 9, ids, experts.grouped_down, lowering.Tuning(rows=16, units=4, tokens=M))

@@ -76,8 +76,8 @@ def test_shapes(rng, name, rows, out, K):
 
 
 @pytest.mark.parametrize("name, K, units, steps", [
-    ("Q2_K", 256, 4, 1), pytest.param("IQ2_XXS", 512, 8, 2, marks=pytest.mark.full), ("Q2_K", 1280, 4, 5),
-    pytest.param("IQ2_XXS", 768, 16, 2, marks=pytest.mark.full), ("Q2_K", 768, 8, 2),
+    pytest.param("Q2_K", 256, 4, 1, marks=pytest.mark.full), pytest.param("IQ2_XXS", 512, 8, 2, marks=pytest.mark.full),
+    ("Q2_K", 1280, 4, 5), pytest.param("IQ2_XXS", 768, 16, 2, marks=pytest.mark.full), ("Q2_K", 768, 8, 2),
 ])  # fmt: skip
 def test_loaded_ahead(rng, name, K, units, steps):
     # 768 elements: the last step's units are partly past the end
