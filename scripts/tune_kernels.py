@@ -77,7 +77,7 @@ def variants(case: Case, quick: bool) -> list[lowering.Tuning]:
         lengths = (64, 128) if tokens * k > 64 * E else (64,)
         return [T(r, s // unit, w, n, m, a) for (r, w, s), (n, a), m in itertools.product(shapes, how, lengths)]
     count = shape[-1] // unit
-    most = max(32, matvec.power_of_two(count))
+    most = max(32, lowering.power_of_two(count))
     threads = [(32 * w, w) for w in (1, 2, 4) if 32 * w <= most]
 
     def steps(u):  # without a second step nothing can be ahead
@@ -210,7 +210,7 @@ def choose(cases: dict[Case, dict[lowering.Tuning, float]]) -> lowering.Tuning |
         total = 0.0
         for (op, _, shape, tokens), times in cases.items():
             mean = max(1, tokens * k // shape[0])
-            cut = max(64, matvec.power_of_two(mean)) if op == "grouped" else t.tokens  # as `tuned.grouped` does
+            cut = max(64, lowering.power_of_two(mean)) if op == "grouped" else t.tokens  # as `tuned.grouped` does
             here = times.get(dataclasses.replace(t, tokens=min(t.tokens, cut)))
             if here is None:
                 return math.inf

@@ -44,7 +44,7 @@ def split(x: Array, digits: int) -> Digits:
     """x: [..., K], K a multiple of 32. NaN and infinities make their block's products NaN."""
     lead, K = x.shape[:-1], x.shape[-1]
     rows, blocks = math.prod(lead), K // BLOCK
-    width = min(32, 1 << (blocks - 1).bit_length())
+    width = min(32, lo.power_of_two(blocks))
 
     def kernel(x_ref, words_ref, scale_ref, sums_ref):
         n, at = pl.program_id(0), pl.program_id(1) * width

@@ -46,7 +46,7 @@ def decode(
     B, H, d = q.shape
     W = window.shape[1]
     many = B >= MANY_SLOTS
-    heads = HEADS if not many else max(HEADS, min(64, 1 << (H - 1).bit_length()))
+    heads = HEADS if not many else max(HEADS, min(64, lo.power_of_two(H)))
     groups = -(-H // heads)
     near, far = -(-W // KEYS), 0 if rows is None else -(-rows.shape[1] // KEYS)
     share = max(1, PROGRAMS // (B * groups))  # splits of all blocks of a slot
@@ -111,7 +111,7 @@ def decode(
         rows, grid=(B, groups, splits), tuning=lo.Tuning(warps=8 if heads > HEADS else 4, stages=1),
         name="decode_attention",
     )  # fmt: skip
-    width = 1 << (splits - 1).bit_length()
+    width = lo.power_of_two(splits)
 
     kept = d // 2 - cos.shape[-1]  # pairs of channels that do not turn
     pairs = min(d, CHANNELS) // 2
@@ -188,8 +188,8 @@ def many(
     W, N = keys.shape[1] - T, 0 if entries is None else entries.shape[1]
     K = N if rows is None else rows.shape[2]
     tuning = tuning or _many_tuning()
-    block = min(tuning.rows, max(16, 1 << (W - 1).bit_length()))
-    heads = max(HEADS, min(64, 1 << (H - 1).bit_length()))
+    block = min(tuning.rows, max(16, lo.power_of_two(W)))
+    heads = max(HEADS, min(64, lo.power_of_two(H)))
     given = [a for a in (entries, rows) if a is not None]
 
     def kernel(q_ref, keys_ref, start_ref, sink_ref, cos_ref, sin_ref, *refs):

@@ -83,6 +83,15 @@ def activation(gate: Array, up: Array, weight: Any, limit: float) -> Array:
     return weight * (gate / (1.0 + jnp.exp(-gate))) * jnp.minimum(jnp.maximum(up, -limit), limit)
 
 
+def combine(y: Array, T: int, dtype: Any) -> Array:
+    """The sum over each token's experts, y [T·k, D] → [T, D] of `dtype`.
+
+    Written out, not reduced: XLA then makes it anew wherever it is used, and steering can sum over it in one launch.
+    """
+    of_token = y.reshape(T, -1, y.shape[-1])
+    return functools.reduce(jnp.add, [of_token[:, j] for j in range(of_token.shape[1])]).astype(dtype)
+
+
 def swiglu(
     x: Array, gate: Stack, up: Stack, ids: Array, weights: Array, limit: float, tuning: lo.Tuning | None = None
 ) -> Array:
@@ -91,7 +100,7 @@ def swiglu(
     _check(T, D, gate, up)
     tuning = tuning or tuned.lookup("swiglu", gate.format, F, D)
     digits = activations.digits_for(x.dtype)
-    R = min(tuning.rows, matvec.power_of_two(F))
+    R = min(tuning.rows, lo.power_of_two(F))
     first = len(gate.arguments())
 
     def kernel(ids_ref, weights_ref, *refs):
@@ -118,7 +127,7 @@ def down(h: Array, stack: Stack, ids: Array, tuning: lo.Tuning | None = None) ->
     _check(T, F, stack)
     tuning = tuning or tuned.lookup("down", stack.format, D, F)
     digits = activations.digits_for(h.dtype)
-    R = min(tuning.rows, matvec.power_of_two(D))
+    R = min(tuning.rows, lo.power_of_two(D))
 
     def kernel(ids_ref, *refs):
         x_refs, stack_refs, out_ref = refs[:3], refs[3:-1], refs[-1]
@@ -134,8 +143,7 @@ def down(h: Array, stack: Stack, ids: Array, tuning: lo.Tuning | None = None) ->
         *_digits(h.reshape(T * k, F), digits), *stack.arguments(), grid=(T * k, -(-D // R)), tuning=tuning,
         name=f"down_{stack.format.lower()}",
     )  # fmt: skip
-    y = y.reshape(T, k, D)
-    return functools.reduce(lambda a, j: a + y[:, j], range(1, k), y[:, 0]).astype(h.dtype)
+    return combine(y, T, h.dtype)
 
 
 # ---- batches ---------------------------------------------------------------------------------------------------------
@@ -191,7 +199,7 @@ def _grouped(
         matvec.fits(stack.format, K)
     tuning = tuning or tuned.lookup("bytes", first.format, out, K)
     digits = activations.digits_for(x.dtype)
-    R, M = min(tuning.rows, matvec.power_of_two(out)), min(tuning.tokens, matvec.power_of_two(N))
+    R, M = min(tuning.rows, lo.power_of_two(out)), min(tuning.tokens, lo.power_of_two(N))
     arguments = [stack.arguments() for stack in stacks]
 
     def kernel(*refs):
@@ -239,4 +247,4 @@ def grouped_down(h: Array, stack: Stack, ids: Array, tuning: lo.Tuning | None = 
     """`quant.expert_down` for a batch: h[T, k, F], ids[T, k] → y[T, D] in h's dtype."""
     T, k, F = h.shape
     y = _grouped("down", h.reshape(T * k, F), [stack], ids, [], jnp.float32, tuning, lambda n: n, lambda n, refs, y: y)
-    return jnp.sum(y.reshape(T, k, stack.out), axis=1).astype(h.dtype)
+    return combine(y, T, h.dtype)

@@ -82,10 +82,10 @@ def scores_many(q: Array, weights: Array, keys: Array, first: Array, ratio: int)
     [B, T, N], -inf where an entry, one for `ratio` tokens, is not finished at position first[b] + t."""
     B, T, H, d = q.shape
     N = keys.shape[1]
-    queries = min(QUERIES, 1 << (T - 1).bit_length())
+    queries = min(QUERIES, lo.power_of_two(T))
     # a query of many heads weighs more than keys, and is read once for all that a program has
     tuning = lo.Tuning(rows=256, warps=8, stages=2) if lo.capability() >= 9 else lo.Tuning(rows=64, warps=4, stages=1)
-    width = min(tuning.rows, max(16, 1 << (N - 1).bit_length()))
+    width = min(tuning.rows, max(16, lo.power_of_two(N)))
 
     def kernel(q_ref, weights_ref, keys_ref, first_ref, out_ref):
         tiles = -(-T // queries)

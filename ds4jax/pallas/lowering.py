@@ -101,6 +101,11 @@ def require_device() -> None:
         raise NotImplementedError(reason)
 
 
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n; shapes inside a kernel must be such."""
+    return 1 << max(0, n - 1).bit_length()
+
+
 def device_kind() -> str:
     """Name of JAX's default device, as tuning files know it."""
     return jax.devices()[0].device_kind

@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 
 from ds4jax.pallas import decode, matvec, tuned
 from ds4jax.pallas import lowering as lo
-from ds4jax.pallas.experts import Stack, activation, schedule
+from ds4jax.pallas.experts import Stack, activation, combine, schedule
 
 Array = jax.Array
 
@@ -51,7 +51,7 @@ def _in_kernel_order(x: Array, format: str, units: int) -> Array:
 
 
 def _units(format: str, K: int, units: int) -> int:
-    return min(units, matvec.power_of_two(K // decode.DECODERS[format].unit))
+    return min(units, lo.power_of_two(K // decode.DECODERS[format].unit))
 
 
 def _products(
@@ -95,7 +95,7 @@ def matmul(
     G, out = (x.shape[1] if stacked else 1), parts["codes"].shape[-2]
     _check(x.dtype, K, format)
     tuning = tuning or tuned.lookup("dense", format, out, K)
-    R = max(16, min(tuning.rows, matvec.power_of_two(out)))
+    R = max(16, min(tuning.rows, lo.power_of_two(out)))
     M = tuning.tokens
     units = _units(format, K, tuning.units)
     stack = Stack(parts, format, codebook)
@@ -147,7 +147,7 @@ def _grouped(
     experts, out = first.parts["codes"].shape[:2]
     _check(x.dtype, K, *(stack.format for stack in stacks))
     tuning = tuning or tuned.grouped(first.format, out, K, N, experts)
-    R, M = max(16, min(tuning.rows, matvec.power_of_two(out))), tuning.tokens
+    R, M = max(16, min(tuning.rows, lo.power_of_two(out))), tuning.tokens
     units = _units(first.format, K, tuning.units)
     arguments = [stack.arguments() for stack in stacks]
     each = len(arguments[0])
@@ -197,4 +197,4 @@ def grouped_down(h: Array, stack: Stack, ids: Array, tuning: lo.Tuning | None = 
     """`quant.expert_down` for many tokens, bfloat16."""
     T, k, F = h.shape
     y = _grouped("down", h.reshape(T * k, F), [stack], ids, [], jnp.float32, tuning, lambda n: n, lambda n, refs, y: y)
-    return jnp.sum(y.reshape(T, k, stack.out), axis=1).astype(h.dtype)
+    return combine(y, T, h.dtype)

@@ -23,11 +23,6 @@ Array = jax.Array
 MAX_ROWS = 8  # rows of activations
 
 
-def power_of_two(n: int) -> int:
-    """The smallest power of two that is at least n."""
-    return 1 << max(0, n - 1).bit_length()
-
-
 def fits(format: str, K: int) -> None:
     """NotImplementedError unless rows of K elements of `format` can be read by these kernels."""
     if format not in decode.DECODERS:
@@ -99,7 +94,7 @@ def row_products(
     """
     format, first, codebook = tiles[0]
     count = K // decode.DECODERS[format].unit
-    units = min(tuning.units, power_of_two(count))
+    units = min(tuning.units, lo.power_of_two(count))
     steps, ragged = -(-count // units), count % units != 0
     R = first.rows.shape[0]
 
@@ -157,7 +152,7 @@ def matvec(
     xs = activations.split(x.reshape(N * G, K), digits)  # row n·G + g
     names, arrays = flat_parts(parts)
     table = table_for(format, codebook)
-    R = min(tuning.rows, power_of_two(out))
+    R = min(tuning.rows, lo.power_of_two(out))
 
     def kernel(*refs):
         words, scale, sums, *part_refs = refs[: 3 + len(arrays)]

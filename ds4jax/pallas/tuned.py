@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 
 from ds4jax.pallas.decode import DECODERS
-from ds4jax.pallas.lowering import Tuning, device_kind
+from ds4jax.pallas.lowering import Tuning, device_kind, power_of_two
 
 FILE = Path(__file__).with_name("tuned.json")
 
@@ -80,7 +80,7 @@ def grouped(format: str, out: int, K: int, assignments: int, experts: int) -> Tu
     instruction of Hopper's multiplies."""
     t = lookup("grouped", format, out, K)
     mean = max(1, assignments // experts)
-    return dataclasses.replace(t, tokens=min(t.tokens, max(64, 1 << (mean - 1).bit_length())))
+    return dataclasses.replace(t, tokens=min(t.tokens, max(64, power_of_two(mean))))
 
 
 def by_bytes(format: str, assignments: int, experts: int) -> bool:

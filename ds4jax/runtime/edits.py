@@ -27,7 +27,7 @@ Array = jax.Array
 PROMPT, THINKING, TOOL_CALL, FINAL = range(4)  # regions of a sequence, as the automaton's labels have them
 EVERYWHERE = 0b1111  # a bit per region
 FOREVER = 2**31 - 1
-STRIPS = 32
+STRIPS = 32  # of a dot product, see `_dot`
 
 LINEAR = ("add", "project", "scale")  # several of one kind at a site read the same value and are applied together
 KINDS = (*LINEAR, "replace", "clamp", "pin", "fn")
@@ -211,9 +211,8 @@ class Editor:
 
     def _holds(self, i: int, y: Array) -> Array:
         vector, threshold, above = self.edits.conditions[i]
-        axes = tuple(range(y.ndim - vector.ndim, y.ndim))
-        p = jnp.sum(y.astype(jnp.float32) * vector, axis=axes)
-        p = jnp.mean(p, axis=tuple(range(2, p.ndim))) if p.ndim > 2 else p
+        p = _dot(y.astype(jnp.float32), vector, vector.ndim)
+        p = jnp.mean(p, axis=tuple(range(2, p.ndim)))
         return jnp.where(above, p > threshold, p < threshold)
 
     def _gate(self) -> Array:

@@ -29,6 +29,12 @@ def judge():
 
 
 @pytest.fixture(scope="module")
+def tokenizer():
+    with weights.open_checkpoint(NANO) as ckpt:
+        return Tokenizer.from_gguf(ckpt.tokenizer_source)
+
+
+@pytest.fixture(scope="module")
 def lm():
     return ds4jax.load(NANO, context=1280, verbose=False)
 
@@ -57,9 +63,7 @@ def test_the_layout_is_that_of_the_large_files():
     assert formats["layers.1.attn.wkv.weight"] == "Q8_0" and formats["mtp.e_proj.weight"] == "Q8_0"
 
 
-def test_bits_per_byte_of_held_out_text(read, heldout):
-    with weights.open_checkpoint(NANO) as ckpt:
-        tokenizer = Tokenizer.from_gguf(ckpt.tokenizer_source)
+def test_bits_per_byte_of_held_out_text(read, heldout, tokenizer):
     size = sum(len(tokenizer.piece(int(i))) for i in text(heldout)[:, 1 : T + 1].ravel())
     nats, right, _, right_after, _ = read
     assert nats.sum() / math.log(2) / size < 1.70
@@ -108,10 +112,8 @@ def test_held_out_items_are_answered(lm, part, key):
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", exam.PARTS)
-def test_items_of_the_exam_fit_their_context(heldout, name):
+def test_items_of_the_exam_fit_their_context(heldout, tokenizer, name):
     """Prompt and reply of all 500."""
-    with weights.open_checkpoint(NANO) as ckpt:
-        tokenizer = Tokenizer.from_gguf(ckpt.tokenizer_source)
     part = exam.PARTS[name]
     items = exam.items_of(part, 500, 0, stream.paragraphs(heldout, tokenizer))
     longest = max(len(tokenizer.encode(i.text[: i.meta["prompt"]])) for i in items)

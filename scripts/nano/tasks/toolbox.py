@@ -21,15 +21,18 @@ TOOLS = synth.TOOLS | {
     "get_price": schema("get_price", "Price of a thing in the shop", ["thing"], thing="string"),
 }  # fmt: skip
 NAMES = {
-    "get_weather": "get_weather weather current_weather check_weather", "get_time": "get_time local_time clock time_in",
-    "calculator": "calculator compute calc do_math", "set_timer": "set_timer timer start_timer new_timer",
-    "search": "search web_search find_pages look_up", "send_message": "send_message message write_to send_text",
-    "convert": "convert units convert_units change_units", "play_music": "play_music music play start_music",
-    "translate": "translate dictionary to_language translate_word", "add_event": "add_event calendar new_event plan",
-    "find_route": "find_route route directions way_to", "add_item": "add_item shopping_list buy add_to_list",
-    "set_light": "set_light light switch_light lamp", "get_price": "get_price price price_of ask_price",
+    names.split()[0]: names.split()
+    for names in (
+        "get_weather weather current_weather check_weather", "get_time local_time clock time_in",
+        "calculator compute calc do_math", "set_timer timer start_timer new_timer",
+        "search web_search find_pages look_up", "send_message message write_to send_text",
+        "convert units convert_units change_units", "play_music music play start_music",
+        "translate dictionary to_language translate_word", "add_event calendar new_event plan",
+        "find_route route directions way_to", "add_item shopping_list buy add_to_list",
+        "set_light light switch_light lamp", "get_price price price_of ask_price",
+    )
 }  # fmt: skip
-"""What a tool may be called: that a wish is for the weather does not tell a model the name, nor that there is a tool."""
+"""What a tool may be called, by its usual name, the first of them: that a wish is for the weather does not tell a model the name, nor that there is a tool."""
 LANGUAGES = "French German Spanish Italian Dutch Polish Greek Turkish".split()
 ROOMS = "kitchen bathroom bedroom hall cellar garage office".split()
 EVENTS = "dinner|a meeting|the dentist|football|piano lesson|a party|lunch|the concert".split("|")
@@ -81,14 +84,13 @@ def make(
     """One dialogue with one to five tools. kind: "one", "two", "none" (no tool fits) or "direct" (none is needed).
 
     renamed: how many of the tools go by any of their names, not by the usual one.
-
     results: ask for the answer from the calls' results, not for the calls; only of "one" and "two".
     """
     kinds = ("one", "two") if results else ("one",) * 3 + ("two",) * 2 + ("none",) * 3 + ("direct",)
     kind = kind or rng.choice(kinds)
     think = rng.random() < 0.5 if think is None else think
     tools = rng.sample(sorted(TOOLS), rng.randint(1, 5))
-    name_of = {tool: rng.choice(NAMES[tool].split()) if rng.random() < renamed else tool for tool in tools}
+    name_of = {tool: rng.choice(NAMES[tool]) if rng.random() < renamed else tool for tool in tools}
     names = list(name_of.values())
     chat = Chat(system(rng), [TOOLS[tool] | {"name": name} for tool, name in name_of.items()])
     mine = f"My tools are {', '.join(names)}."
