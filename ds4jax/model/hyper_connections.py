@@ -141,7 +141,17 @@ def collapse(streams: Array, pre: Array) -> Array:
 def fold(streams: Array, y: Array, post: Array, comb: Array) -> Array:
     """X[j] ← post[j] · y + Σ_i comb[i, j] · X[i]; y: [B, T, D] → [B, T, S, D] in the streams' dtype."""
     mixed = _weighted(streams[..., None, :], comb[..., None])
-    return (post[..., None] * y.astype(jnp.float32)[..., None, :] + mixed).astype(streams.dtype)
+    out = (post[..., None] * y.astype(jnp.float32)[..., None, :] + mixed).astype(streams.dtype)
+    return out if out.dtype == jnp.float32 else _in_memory(out)
+
+
+@jax.custom_jvp  # JAX releases before 0.5 have no derivative of a barrier
+def _in_memory(x: Array) -> Array:
+    """x, computed once and as it is: XLA would keep float32 sums beside what they round to, at twice the bytes."""
+    return jax.lax.optimization_barrier(x)
+
+
+_in_memory.defjvp(lambda primals, tangents: (_in_memory(*primals), *tangents))
 
 
 def _weighted(streams: Array, weights: Array) -> Array:

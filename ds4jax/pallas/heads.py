@@ -20,6 +20,7 @@ Array = jax.Array
 
 GROUP = 64  # channels that share a scale of the FP8 cache
 PAIRS = GROUP // 2
+MANY = 64  # rows from which a program takes several heads: one would be too short to be worth its start
 
 
 def finish(
@@ -76,6 +77,32 @@ def finish(
                 row = rows_ref[n]
                 lo.store(store_ref, (jnp.maximum(row, 0), place), value, mask=(row >= 0) & (place >= 0))
 
+    def whole(raw_ref, *refs):
+        """As `kernel` where nothing is rounded or kept: neighbours load neighbours, in pairs only where they turn."""
+        refs = list(refs)
+        cos_ref, sin_ref = (refs.pop(0), refs.pop(0)) if turned else (None, None)
+        weight_ref = None if weight is None else refs.pop(0)
+        n, h = pl.program_id(0), pl.program_id(1) * heads + jnp.arange(heads, dtype=jnp.int32)[:, None]
+        channel = jnp.arange(d, dtype=jnp.int32)[None]
+        own = lo.load(raw_ref, (n, h, channel)).astype(jnp.float32)
+        scale = None if eps is None else lax.rsqrt(jnp.sum(own * own, axis=1, keepdims=True) / d + eps)
+
+        def normed(x, channel):
+            if scale is None:
+                return x
+            x = x * scale
+            return _as(x if weight is None else x * lo.load(weight_ref, (channel,)).astype(jnp.float32), raw.dtype)
+
+        out = normed(own, channel)
+        if turned:
+            turns, other = channel >= 2 * kept, channel ^ 1
+            at = jnp.maximum(channel // 2 - kept, 0)
+            c, s = (lo.load(ref, (n, at), mask=turns) for ref in (cos_ref, sin_ref))
+            s = jnp.where((channel % 2 == 0) ^ inverse, -s, s)
+            other = normed(lo.load(raw_ref, (n, h, other), mask=turns).astype(jnp.float32), other)
+            out = jnp.where(turns, _as(out * c + other * s, raw.dtype), out)
+        lo.store(refs[0], (n, h, channel), out)
+
     arguments = [raw, *([cos, sin] if turned else []), *([] if weight is None else [weight])]
     out: list[jax.ShapeDtypeStruct] = [jax.ShapeDtypeStruct((N, H, d), dtype)]
     aliases = {}
@@ -83,9 +110,11 @@ def finish(
         arguments += [rows, store]
         out.append(jax.ShapeDtypeStruct(store.shape, store.dtype))
         aliases = {len(arguments) - 1: 1}
+    plain = rounding is None and store is None
+    heads = next(n for n in (4, 2, 1) if not H % n) if plain and N >= MANY else 1  # of a program
     warps = 4 if d >= 512 else 1
     results = lo.call(
-        kernel, out, *arguments, grid=(N, H), tuning=lo.Tuning(warps=warps, stages=1),
+        whole if plain else kernel, out, *arguments, grid=(N, H // heads), tuning=lo.Tuning(warps=warps, stages=1),
         name=f"finish_{rounding or 'heads'}", aliases=aliases,
     )  # fmt: skip
     return results[0], results[1] if store is not None else None

@@ -2,10 +2,14 @@
 
 The first kernel spreads the [(2+S)·S, S·D] product over the device: a program has one of its outputs and one stream,
 so that what is left to add up are S numbers. In the second one program a row makes the sublayer's input while another
-makes `post` and the Sinkhorn iterations of `comb`, whose sixteen numbers stay in registers.
+makes `post` and the Sinkhorn iterations of `comb`, whose sixteen numbers stay in registers; of many rows a third launch
+makes these, a thread a row.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +24,7 @@ MAX_ROWS = 256  # rows of streams of the first kernel; for more, it is a matter 
 BLOCK = 8  # rows that a program of the first kernel takes, where there are many
 SLICE = 512  # channels that it then has in registers at once
 CHANNELS = 64  # at least
+PLACED = 32  # rows whose second half a program makes, where there are many: one a thread
 STREAMS = 4
 COUNT = (2 + STREAMS) * STREAMS  # products of a row; the sum of its squares comes after them
 
@@ -61,16 +66,25 @@ def finish(
     of its squares; or [B · T, 4, 25], which add up to all of them, and None."""
     B, T, S, D = streams.shape
     R = B * T
-    out = [
-        jax.ShapeDtypeStruct((R, D), streams.dtype),
-        *(jax.ShapeDtypeStruct((R, n), jnp.float32) for n in (S, S, S * S)),
-    ]
-    x, pre, post, comb = lo.call(
-        _finish(squares is None, S, D, iterations, hc_eps, rms_eps), out, parts,
-        jnp.zeros((1,), jnp.float32) if squares is None else squares, streams.reshape(R, S, D),
-        base.astype(jnp.float32), scale.astype(jnp.float32), weight, grid=(R, 2),
-        tuning=lo.Tuning(warps=4, stages=1), name="hyper_enter",
-    )  # fmt: skip
+    rules = S, D, iterations, hc_eps, rms_eps
+    rows, tuning = streams.reshape(R, S, D), lo.Tuning(warps=4, stages=1)
+    base, scale = base.astype(jnp.float32), scale.astype(jnp.float32)
+    first = [jax.ShapeDtypeStruct((R, D), streams.dtype), jax.ShapeDtypeStruct((R, S), jnp.float32)]
+    second = [jax.ShapeDtypeStruct((R, n), jnp.float32) for n in (S, S * S)]
+    if squares is None:
+        x, pre, post, comb = lo.call(
+            _finish(*rules), first + second, parts, rows, base, scale, weight, grid=(R, 2), tuning=tuning,
+            name="hyper_enter",
+        )  # fmt: skip
+    else:  # a thread a row where there are enough: the iterations are a long chain for whoever makes them
+        x, pre = lo.call(
+            _collapse(*rules), first, parts, squares, rows, base, scale, weight, grid=(R,), tuning=tuning,
+            name="hyper_enter",
+        )  # fmt: skip
+        post, comb = lo.call(
+            _place_block(*rules), second, parts, squares, base, scale, grid=(-(-R // PLACED),),
+            tuning=lo.Tuning(warps=1, stages=1), name="hyper_place",
+        )  # fmt: skip
     return x.reshape(B, T, D), pre.reshape(B, T, S), post.reshape(B, T, S), comb.reshape(B, T, S, S)
 
 
@@ -100,41 +114,85 @@ def _mix_block(x_ref, fn_ref, out_ref):
     lo.store(out_ref, (row, s, n), jnp.sum(total, axis=1), mask=row < R)
 
 
-def _finish(in_parts: bool, S: int, D: int, iterations: int, hc_eps: float, rms_eps: float):
-    def kernel(parts_ref, squares_ref, x_ref, base_ref, scale_ref, weight_ref, out_ref, pre_ref, post_ref, comb_ref):
+def _logits(total: Callable[[int], Array], S: int, D: int, scale_ref: Any, base_ref: Any, eps: float):
+    """The function of n that makes logit n of products and the sum of squares, `total(n)`."""
+    inverse = lax.rsqrt(total(COUNT) / (S * D) + eps)
+    return lambda n: total(n) * inverse * scale_ref[min(n // S, 2)] + base_ref[n]
+
+
+def _finish(S: int, D: int, iterations: int, hc_eps: float, rms_eps: float):
+    """Both halves of a row, its products and the sum of its squares given in four parts."""
+
+    def kernel(parts_ref, x_ref, base_ref, scale_ref, weight_ref, out_ref, pre_ref, post_ref, comb_ref):
         r, part = pl.program_id(0), pl.program_id(1)
 
         def total(n: int) -> Array:
-            if not in_parts:
-                return parts_ref[r, 0, n] if n < COUNT else squares_ref[r]
             return (parts_ref[r, 0, n] + parts_ref[r, 1, n]) + (parts_ref[r, 2, n] + parts_ref[r, 3, n])
 
-        inverse = lax.rsqrt(total(COUNT) / (S * D) + rms_eps)
-
-        def logit(n: int) -> Array:
-            return total(n) * inverse * scale_ref[min(n // S, 2)] + base_ref[n]
+        logit = _logits(total, S, D, scale_ref, base_ref, rms_eps)
 
         @pl.when(part == 0)
         def _():
-            d = jnp.arange(D, dtype=jnp.int32)
-            x = jnp.zeros((D,), jnp.float32)
-            for s in range(S):
-                pre = _sigmoid(logit(s)) + hc_eps
-                pre_ref[r, s] = pre
-                x = x + pre * lo.load(x_ref, (r, s, d)).astype(jnp.float32)
-            x = x.astype(out_ref.dtype).astype(jnp.float32)  # the sublayer's input is rounded before its norm
-            norm = lax.rsqrt(jnp.sum(x * x) / D + rms_eps)
-            lo.store(out_ref, (r, d), x * norm * lo.load(weight_ref, (d,)).astype(jnp.float32))
+            _collapsed(r, logit, S, D, hc_eps, rms_eps, x_ref, weight_ref, out_ref, pre_ref)
 
         @pl.when(part == 1)
         def _():
-            for s in range(S):
-                post_ref[r, s] = 2 * _sigmoid(logit(S + s))
-            comb = tuple(logit((2 + i) * S + j) for i in range(S) for j in range(S))
-            for n, value in enumerate(_sinkhorn(comb, S, iterations, hc_eps)):
+            post, comb = _placed(logit, S, iterations, hc_eps)
+            for s, value in enumerate(post):
+                post_ref[r, s] = value
+            for n, value in enumerate(comb):
                 comb_ref[r, n] = value
 
     return kernel
+
+
+def _collapse(S: int, D: int, iterations: int, hc_eps: float, rms_eps: float):
+    """A row's first half, given its products whole."""
+
+    def kernel(parts_ref, squares_ref, x_ref, base_ref, scale_ref, weight_ref, out_ref, pre_ref):
+        r = pl.program_id(0)
+        total = lambda n: parts_ref[r, 0, n] if n < COUNT else squares_ref[r]  # noqa: E731
+        logit = _logits(total, S, D, scale_ref, base_ref, rms_eps)
+        _collapsed(r, logit, S, D, hc_eps, rms_eps, x_ref, weight_ref, out_ref, pre_ref)
+
+    return kernel
+
+
+def _place_block(S: int, D: int, iterations: int, hc_eps: float, rms_eps: float):
+    """The second half of PLACED rows, given their products whole: a thread has a row's sixteen numbers."""
+
+    def kernel(parts_ref, squares_ref, base_ref, scale_ref, post_ref, comb_ref):
+        row = pl.program_id(0) * PLACED + jnp.arange(PLACED, dtype=jnp.int32)
+        R = squares_ref.shape[0]
+        here, mask = jnp.minimum(row, R - 1), row < R
+        squares = lo.load(squares_ref, (here,))
+        total = lambda n: lo.load(parts_ref, (here, 0, n)) if n < COUNT else squares  # noqa: E731
+        post, comb = _placed(_logits(total, S, D, scale_ref, base_ref, rms_eps), S, iterations, hc_eps)
+        for s, value in enumerate(post):
+            lo.store(post_ref, (row, s), value, mask=mask)
+        for n, value in enumerate(comb):
+            lo.store(comb_ref, (row, n), value, mask=mask)
+
+    return kernel
+
+
+def _collapsed(r, logit, S: int, D: int, hc_eps: float, rms_eps: float, x_ref, weight_ref, out_ref, pre_ref) -> None:
+    """Store `pre` and the normed sum of row r's streams."""
+    d = jnp.arange(D, dtype=jnp.int32)
+    x = jnp.zeros((D,), jnp.float32)
+    for s in range(S):
+        pre = _sigmoid(logit(s)) + hc_eps
+        pre_ref[r, s] = pre
+        x = x + pre * lo.load(x_ref, (r, s, d)).astype(jnp.float32)
+    x = x.astype(out_ref.dtype).astype(jnp.float32)  # the sublayer's input is rounded before its norm
+    norm = lax.rsqrt(jnp.sum(x * x) / D + rms_eps)
+    lo.store(out_ref, (r, d), x * norm * lo.load(weight_ref, (d,)).astype(jnp.float32))
+
+
+def _placed(logit, S: int, iterations: int, hc_eps: float) -> tuple[list[Array], tuple[Array, ...]]:
+    """`post` and the entries of `comb`, row by row."""
+    post = [2 * _sigmoid(logit(S + s)) for s in range(S)]
+    return post, _sinkhorn(tuple(logit((2 + i) * S + j) for i in range(S) for j in range(S)), S, iterations, hc_eps)
 
 
 def _sigmoid(x: Array) -> Array:

@@ -78,12 +78,13 @@ def packed_forward(x: jax.Array, w: QuantizedArray, out_dtype: Any) -> jax.Array
     """x[N, in] · w[out, in]ᵀ → [N, out], one tile of rows at a time. Not differentiable."""
     out, n = w.shape
     count, rows = tiles(out, n, x.dtype)
+    wide = np.promote_types(x.dtype, out_dtype)  # as in `_plain`: a cast of its own would move all results once more
     if count == 1:
-        return contract(x, dequantize(w, x.dtype), (1, 1)).astype(out_dtype)
+        return contract(x, dequantize(w, x.dtype), (1, 1), wide).astype(out_dtype)
 
     def body(i, y):
         start = jnp.minimum(i * rows, out - rows)
-        tile = contract(x, row_tile(w, start, rows, x.dtype), (1, 1)).astype(out_dtype)
+        tile = contract(x, row_tile(w, start, rows, x.dtype), (1, 1), wide).astype(out_dtype)
         return lax.dynamic_update_slice_in_dim(y, tile, start, 1)
 
     return lax.fori_loop(0, count, body, zeros_after(x, (x.shape[0], out), out_dtype))

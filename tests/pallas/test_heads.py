@@ -10,6 +10,9 @@ from ds4jax.pallas import lowering
 
 CASES = {
     "queries": dict(shape=(2, 3, 64), turned=32, eps=1e-6),
+    "queries of many tokens": dict(shape=(64, 8, 64), turned=32, eps=1e-6),
+    "two heads of many": dict(shape=(65, 6, 64), turned=16, eps=1e-6, weight=True, inverse=True),
+    "three of many": dict(shape=(64, 3, 64), turned=32),
     "heads turned back": dict(shape=(3, 2, 64), turned=64, inverse=True),
     "norm alone": dict(shape=(1, 1, 256), eps=1e-6, weight=True),
     "window key": dict(shape=(4, 1, 128), turned=64, eps=1e-6, weight=True, rounding="fp8", store=True),

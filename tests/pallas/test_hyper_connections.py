@@ -34,9 +34,10 @@ def test_kernel_equals_plain(B, T, D, dtype, tolerance):
         assert np.abs(a - b).max() <= tol * max(1, np.abs(b).max())
 
 
-def test_extreme_streams():
+@pytest.mark.parametrize("T", [2, 257])
+def test_extreme_streams(T):
     for spread in (0.0, 1e-12, 1e12):
-        args = inputs(1, 2, 64, jnp.float32, np.float32, spread)
+        args = inputs(1, T, 64, jnp.float32, np.float32, spread)
         with lowering.interpreted():
             ours = enter(*args, **RULES, implementation="pallas")
         for mine, plain in zip(ours, enter(*args, **RULES, implementation="xla"), strict=True):
