@@ -40,6 +40,10 @@ class Stack:
     def out(self) -> int:
         return self.parts["codes"].shape[-2]
 
+    @property
+    def count(self) -> int:
+        return self.parts["codes"].shape[0]
+
     def arguments(self) -> list[Array]:
         """What a kernel takes for it: parts [rows, entries], and the codebook's table if there is one."""
         return [*matvec.flat_parts(self.parts)[1], *matvec.table_for(self.format, self.codebook)]
@@ -107,7 +111,8 @@ def swiglu(
         x_refs, stack_refs, out_ref = refs[:3], refs[3:-1], refs[-1]
         n = pl.program_id(0)
         mine = matvec.program_rows(pl.program_id(1), R)
-        rows = [ids_ref[n] * F + matvec.inside(row, R, F) for row in mine]
+        expert = jnp.clip(ids_ref[n], 0, gate.count - 1)  # here, because a launch of its own takes as long as routing
+        rows = [expert * F + matvec.inside(row, R, F) for row in mine]
         both = [(gate, stack_refs[:first]), (up, stack_refs[first:])]
         results = _products(both, rows, D, tuning, x_refs, [n // k], digits)
         for row, ((gated,), (upped,)) in zip(mine, results, strict=True):
@@ -133,7 +138,8 @@ def down(h: Array, stack: Stack, ids: Array, tuning: lo.Tuning | None = None) ->
         x_refs, stack_refs, out_ref = refs[:3], refs[3:-1], refs[-1]
         n = pl.program_id(0)
         mine = matvec.program_rows(pl.program_id(1), R)
-        rows = [ids_ref[n] * D + matvec.inside(row, R, D) for row in mine]
+        expert = jnp.clip(ids_ref[n], 0, stack.count - 1)
+        rows = [expert * D + matvec.inside(row, R, D) for row in mine]
         results = _products([(stack, stack_refs)], rows, F, tuning, x_refs, [n], digits)
         for row, ((y,),) in zip(mine, results, strict=True):
             lo.store(out_ref, (n, row), y, mask=row < D)

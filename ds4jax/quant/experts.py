@@ -335,13 +335,20 @@ _down.defvjp(_down_fwd, _down_bwd)
 # ---- public ----------------------------------------------------------------------------------------------------------
 
 
+def _existing(ids: jax.Array, stack: Any) -> jax.Array:
+    """Ids of experts; those that do not exist become the nearest that does."""
+    return jnp.clip(ids, 0, stack.shape[0] - 1)
+
+
 def _xla_swiglu(x, gate, up, ids, weights, limit):
+    ids = _existing(ids, gate)
     if _is_dense(ids, gate.shape[1], gate, up):
         return _dense_swiglu(x, gate, up, ids, weights, limit)
     return _swiglu(x, gate, up, ids, weights, limit)
 
 
 def _xla_down(h, down, ids):
+    ids = _existing(ids, down)
     return _dense_down(h, down, ids) if _is_dense(ids, down.shape[2], down) else _down(h, down, ids)
 
 
@@ -358,14 +365,14 @@ def _by_bytes(w: QuantizedArray, ids: jax.Array) -> bool:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _kernel_swiglu(x, gate, up, ids, weights, limit):
-    run = few.grouped_swiglu if _by_bytes(gate, ids) else matrix.grouped_swiglu
     if x.shape[0] <= few.MAX_TOKENS:
-        run = few.swiglu
-    return run(x, _stack(gate), _stack(up), ids, weights, limit)
+        return few.swiglu(x, _stack(gate), _stack(up), ids, weights, limit)
+    run = few.grouped_swiglu if _by_bytes(gate, ids) else matrix.grouped_swiglu
+    return run(x, _stack(gate), _stack(up), _existing(ids, gate), weights, limit)
 
 
 def _kernel_swiglu_fwd(x, gate, up, ids, weights, limit):
-    return _kernel_swiglu(x, gate, up, ids, weights, limit), (x, gate, up, ids, weights)
+    return _kernel_swiglu(x, gate, up, ids, weights, limit), (x, gate, up, _existing(ids, gate), weights)
 
 
 _kernel_swiglu.defvjp(_kernel_swiglu_fwd, _swiglu_bwd)
@@ -373,13 +380,13 @@ _kernel_swiglu.defvjp(_kernel_swiglu_fwd, _swiglu_bwd)
 
 @jax.custom_vjp
 def _kernel_down(h, down, ids):
-    run = few.grouped_down if _by_bytes(down, ids) else matrix.grouped_down
     if h.shape[0] <= few.MAX_TOKENS:
-        run = few.down
-    return run(h, _stack(down), ids)
+        return few.down(h, _stack(down), ids)
+    run = few.grouped_down if _by_bytes(down, ids) else matrix.grouped_down
+    return run(h, _stack(down), _existing(ids, down))
 
 
-_kernel_down.defvjp(lambda h, down, ids: (_kernel_down(h, down, ids), (h, down, ids)), _down_bwd)
+_kernel_down.defvjp(lambda h, down, ids: (_kernel_down(h, down, ids), (h, down, _existing(ids, down))), _down_bwd)
 
 
 def _require_packed(*stacks: Any) -> None:
@@ -432,9 +439,8 @@ def expert_swiglu(
     want = (*gate.shape[:2], x.shape[1])
     _check("expert_swiglu", x, ids, gate=(gate.shape, want), up=(up.shape, want), weights=(weights.shape, ids.shape),
            x=(x.shape, (ids.shape[0] if ids.ndim else 0, x.shape[1])))  # fmt: skip
-    ids = jnp.clip(ids.astype(jnp.int32), 0, gate.shape[0] - 1)
-    weights = weights.astype(jnp.float32)
-    return api.run("expert_swiglu", SWIGLU_IMPLEMENTATIONS, implementation, x, gate, up, ids, weights, float(limit))
+    args = x, gate, up, ids.astype(jnp.int32), weights.astype(jnp.float32), float(limit)
+    return api.run("expert_swiglu", SWIGLU_IMPLEMENTATIONS, implementation, *args)
 
 
 def expert_down(h: Any, down: Any, ids: Any, *, implementation: str | None = None) -> jax.Array:
@@ -448,8 +454,7 @@ def expert_down(h: Any, down: Any, ids: Any, *, implementation: str | None = Non
         raise DS4Error(f"expert_down: h {list(h.shape)} must be [T, k, F] and down {list(down.shape)} [E, D, F]")
     _check("expert_down", h, ids, h=(h.shape, (*ids.shape, h.shape[-1])),
            down=(down.shape, (*down.shape[:2], h.shape[-1])))  # fmt: skip
-    ids = jnp.clip(ids.astype(jnp.int32), 0, down.shape[0] - 1)
-    return api.run("expert_down", DOWN_IMPLEMENTATIONS, implementation, h, down, ids)
+    return api.run("expert_down", DOWN_IMPLEMENTATIONS, implementation, h, down, ids.astype(jnp.int32))
 
 
 # ---- an expert that every token has ----------------------------------------------------------------------------------

@@ -24,6 +24,8 @@ GRIDS = [name for name, decoder in decode.DECODERS.items() if decoder.codebook =
 def choices(rng, tokens, which="random"):
     if which == "one expert":
         return jnp.full((tokens, K), 2, jnp.int32)
+    if which == "outside":
+        return jnp.asarray(rng.choice([-7, -1, E, 10 * E], (tokens, K)), jnp.int32)
     if which == "the ends":
         return jnp.asarray(rng.choice([0, E - 1], (tokens, K)), jnp.int32)
     return jnp.asarray(rng.integers(0, E, (tokens, K)), jnp.int32)
@@ -52,7 +54,7 @@ def check_down(rng, tokens, ids, run, tuning, name="Q8_0", tolerance=4e-3, dtype
     assert error(got, want) < tolerance
 
 
-@pytest.mark.parametrize("tokens, which", [(1, "random"), (8, "random"), (3, "one expert")])
+@pytest.mark.parametrize("tokens, which", [(1, "random"), (8, "random"), (3, "one expert"), (2, "outside")])
 def test_few_tokens(rng, tokens, which):
     ids = choices(rng, tokens, which)
     check_swiglu(rng, tokens, ids, experts.swiglu, SMALL, tolerance=1e-5, dtype=jnp.float32)
@@ -64,6 +66,14 @@ def test_grouped(rng, tokens, which):
     ids = choices(rng, tokens, which)
     check_swiglu(rng, tokens, ids, matrix.grouped_swiglu, TILE)
     check_down(rng, tokens, ids, matrix.grouped_down, TILE)
+
+
+def test_experts_that_do_not_exist_in_a_batch(rng):
+    """As plain JAX takes them: the nearest that exists."""
+    x, w, ids = activations(rng, (9, K, 256)), weight(rng, "Q8_0", (E, 37, 256)), choices(rng, 9, "outside")
+    with lowering.interpreted():
+        ours = quant.expert_down(x, w, ids, implementation="pallas")
+    assert error(ours, quant.expert_down(x, w, jnp.clip(ids, 0, E - 1), implementation="xla")) < 4e-3
 
 
 @pytest.mark.parametrize("tokens, which", [(9, "random"), (11, "one expert"), (23, "the ends")])
