@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import os
 from pathlib import Path
@@ -15,6 +16,16 @@ from ds4jax.pallas.lowering import device_reason
 from ds4jax.quant.api import KERNELS
 
 log = logging.getLogger("ds4jax")
+
+LAUNCHES = {
+    "loop": {
+        "xla_gpu_enable_command_buffer":
+            "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,WHILE,CONDITIONAL",
+        "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
+    },
+    "once": {"xla_gpu_enable_command_buffer": ""},
+}  # fmt: skip
+"""XLA's options, see `launch_options`. A graph takes what has the kinds named; the first six are XLA's default."""
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -115,6 +126,32 @@ def _kind(device: jax.Device) -> str:
         return device.platform.lower()
     version = getattr(device.client, "platform_version", "").lower()
     return "rocm" if "rocm" in version else "cuda"
+
+
+def launch_options(device: jax.Device, kind: str) -> dict[str, str]:
+    """Compiler options for how XLA launches a program's kernels on an NVIDIA GPU; none for other devices.
+
+    kind: "loop", of a program that repeats the same steps: they and the loop around them become one CUDA graph, so that
+      the device goes on by itself, and kernels that do not wait for each other run side by side. "once", of a program
+      that runs through: its kernels are launched one by one, because writing the addresses of a few thousand launches
+      into a graph takes longer.
+    """
+    if device.platform != "gpu" or _kind(device) != "cuda":
+        return {}
+    options = LAUNCHES[kind]
+    return dict(options) if _are_known(device, tuple(options.items())) else {}
+
+
+@functools.cache
+def _are_known(device: jax.Device, options: tuple[tuple[str, str], ...]) -> bool:
+    """Whether this release of JAX compiles with these options: their names are XLA's, and it changes them."""
+    x = jax.ShapeDtypeStruct((), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(device))
+    try:
+        jax.jit(lambda x: x + 1, compiler_options=dict(options)).lower(x).compile()
+    except Exception as e:
+        log.info("XLA's own way to launch kernels: %s", str(e).partition("\n")[0])
+        return False
+    return True
 
 
 def device_memory(device: jax.Device, kind: str) -> int | None:

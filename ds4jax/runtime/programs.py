@@ -19,12 +19,16 @@ from ds4jax.model import NO_TAP, Cache, Tap, Transformer, attach, detach, reset_
 from ds4jax.quant import api
 from ds4jax.runtime.edits import Edits, Regions, Track
 from ds4jax.runtime.notice import Announced
+from ds4jax.runtime.platform import launch_options
 from ds4jax.runtime.sampling import Sampling, sample
 
 Array = jax.Array
 
 CHUNKS = (32, 256, 2048, 4096)  # lengths a prompt is cut into; the last piece is padded up
 CHUNK_TOKENS = 8192  # tokens of all slots together in one prefill
+LOOPED = (
+    8  # slots up to which decode loops on the device; a batch's launches matter less, and side by side they take memory
+)
 MAX_EOS = 8
 MAX_TOP = 20  # likeliest tokens that can be reported at each place
 
@@ -101,10 +105,14 @@ class Programs:
         device = next(iter(leaf.devices())) if isinstance(leaf, jax.Array) else None
         self.usable = jax.device_put(usable, device)  # an argument of decode, not part of the program
         # the choice is of the process, and another model may change it before a step of this one is traced
+        self._device = device
         self._kernels = "xla" if device is not None and device.platform == "cpu" else api.chosen()
 
-    def _jit(self, run: Callable, **options: Any) -> Callable:
-        """`jax.jit`, tracing with this model's choice of kernels."""
+    def _jit(self, run: Callable, *, launches: str | None = "once", **options: Any) -> Callable:
+        """`jax.jit`, tracing with this model's choice of kernels. launches: see `platform.launch_options`."""
+        given = launch_options(self._device, launches) if launches and self._device is not None else {}
+        if given:  # releases of JAX that are too old to take any run on CPUs, too
+            options = {"compiler_options": given, **options}
 
         @functools.wraps(run)
         def traced(*args, **kw):
@@ -203,7 +211,7 @@ class Programs:
           `top_logprobs` the ids and log-probabilities of the MAX_TOP likeliest tokens [steps, B, MAX_TOP], else two
           of none.
         """
-        cache, slots, _, out, _ = self._decode(
+        cache, slots, _, out, _ = self._decoder(slots)(
             self._leaves, cache, slots, self.usable, None, None, steps, (top_logprobs, restricted), ()
         )
         return cache, slots, out
@@ -223,12 +231,22 @@ class Programs:
           cache, slots, track, what `decode` returns per step, and the sites, those of one shape in one array:
           {names: [steps, len(names), B, …]}, row i being the pass that chose token i; see `rows_of_slot`.
         """
-        return self._decode(
+        return self._decoder(slots)(
             self._leaves, cache, slots, self.usable, edits, track, steps, (top_logprobs, restricted), tuple(sites)
         )
 
+    def _decoder(self, slots: Slots) -> Callable:
+        return self._decode if slots.token.shape[0] <= LOOPED else self._decode_batch
+
     @functools.cached_property
     def _decode(self):
+        return self._make_decode("loop")
+
+    @functools.cached_property
+    def _decode_batch(self):
+        return self._make_decode(None)
+
+    def _make_decode(self, launches: str | None):
         def run(state, cache, slots, usable, edits, track, steps, options, sites):
             model = self._model(state)
             with_top, restricted = options
@@ -256,7 +274,7 @@ class Programs:
             (cache, slots, track), (out, seen) = _steps(step, carry, steps, lambda carry: jnp.any(carry[1].active))
             return cache, slots, track, out, seen
 
-        return self._jit(run, static_argnums=(6, 7, 8), donate_argnums=(1, 2, 5))
+        return self._jit(run, launches=launches, static_argnums=(6, 7, 8), donate_argnums=(1, 2, 5))
 
     def admit(self, slots: Slots, which: np.ndarray, new: Slots) -> Slots:
         """Replace the slots where `which` [B] is True by those of `new`."""

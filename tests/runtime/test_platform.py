@@ -8,6 +8,7 @@ import pytest
 
 from ds4jax import DS4Error
 from ds4jax.runtime import choose, platform
+from ds4jax.runtime.programs import LOOPED, Slots
 
 
 @dataclasses.dataclass
@@ -100,3 +101,23 @@ def test_compiled_programs_are_kept_where_the_user_says(monkeypatch, tmp_path):
         assert jax.config.jax_compilation_cache_dir == "/elsewhere"
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_kernels_are_launched_xlas_own_way_where_it_is_not_an_nvidia_gpu_or_knows_no_other(monkeypatch):
+    cpu, cuda = choose(device="cpu").device, gpu("PJRT C API cuda 13000")
+    for device in (cpu, gpu("PJRT C API rocm 70000"), FakeDevice("METAL", FakeClient("metal"))):
+        assert platform.launch_options(device, "loop") == platform.launch_options(device, "once") == {}
+    assert not platform._are_known(cpu, (("xla_gpu_no_such_option", "1"),))
+    asked = []
+    for known in (True, False):
+        monkeypatch.setattr(platform, "_are_known", lambda device, options, known=known: asked.append(options) or known)
+        for kind, options in platform.LAUNCHES.items():
+            assert platform.launch_options(cuda, kind) == (options if known else {})
+    assert [dict(options) for options in asked] == 2 * list(platform.LAUNCHES.values())
+
+
+def test_only_few_slots_loop_on_the_device(lm):
+    """A batch's memory is planned for programs whose launches come one after the other."""
+    programs, few = lm.programs, Slots.empty(LOOPED)
+    assert programs._decoder(few) is programs._decode is not programs._decode_batch
+    assert programs._decoder(Slots.empty(LOOPED + 1)) is programs._decode_batch
