@@ -12,13 +12,14 @@ A model is NAME=PATH, a GGUF. Four parts (--parts):
               indexer finds
     sample    a paragraph
 
-Results are written after every model; --keep leaves out what an earlier run has put into --out.
+Results are written after every measure; with --keep a run goes on from what an earlier one has put into --out.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import hashlib
 import json
 import math
 import sys
@@ -145,38 +146,51 @@ def runnable(path: Path, arrays: dict[str, jax.Array], length: int, args) -> ds4
 
 
 def tasks_scores(
-    path: Path, judge: Judge, heldout: dict, tokenizer: Tokenizer, args, say: Callable[[str], None]
-) -> dict:
-    """Scores of every part of the exam, and how many of the MTP layer's drafts greedy decoding accepts."""
+    path: Path, judge: Judge, heldout: dict, tokenizer: Tokenizer, args, out: dict, say: Callable[[str], None],
+    save: Callable[[], None],
+) -> None:  # fmt: skip
+    """Scores of every part of the exam that `out` lacks, and how many of the MTP layer's drafts greedy decoding takes.
+
+    Each part keeps its own drafts ("drafts": accepted, judged), so that parts of several runs make one figure.
+    """
     prose = stream.paragraphs(heldout, tokenizer)
-    out: dict[str, Any] = {}
-    drafts = {"tasks": np.zeros(2, np.int64), "prose": np.zeros(2, np.int64)}
+    tasks: dict[str, Any] = out.setdefault("tasks", {})
     for length in sorted({exam.PARTS[name].length for name in args.only}):
+        shortest = length == min(p.length for p in exam.PARTS.values())
+        wanted = [n for n in args.only if exam.PARTS[n].length == length and n not in tasks]
+        if not wanted and not (shortest and "prose_drafts" not in out):
+            continue
         lm = runnable(path, judge.arrays, length, args)
-        for name in (n for n in args.only if exam.PARTS[n].length == length):
+        for name in wanted:
             begun = time.monotonic()
             sheet = exam.sit(lm, name, args.items, args.seed, prose)
             seconds = time.monotonic() - begun
-            out[name] = sheet.scores | {
+            some = sheet.rows[: args.drafts]
+            drafts = exam.acceptance(judge, some, max(1, args.batch * args.length // length))
+            tasks[name] = sheet.scores | {
                 "items": sheet.count, "prompt_tokens": round(sheet.prompt_tokens, 1), "seconds": round(seconds, 1),
-                "wrong": sheet.wrong,
+                "drafts": list(drafts), "wrong": sheet.wrong,
             }  # fmt: skip
+            save()
             say(f"{name}, {sheet.count} items, {seconds:.0f} s: "
                 + ", ".join(f"{k} {v:.1%}" for k, v in sheet.scores.items()))  # fmt: skip
-            some = sheet.rows[: args.drafts]
-            drafts["tasks"] += exam.acceptance(judge, some, max(1, args.batch * args.length // length))
-        if length == min(p.length for p in exam.PARTS.values()):
+        if shortest and "prose_drafts" not in out:
             T = min(args.length, 512)
             texts = windows.text_windows(heldout, T, args.drafts)
             rows = exam.continuations(lm, list(texts), 128, 64)
-            drafts["prose"] += exam.acceptance(judge, rows, args.batch)
+            out["prose_drafts"] = list(exam.acceptance(judge, rows, args.batch))
+            save()
         lm.release()
-    out["mtp_accepted"] = {k: float(a / n) for k, (a, n) in drafts.items() if n}
-    both = sum(drafts.values())
-    out["mtp_accepted"]["all"] = float(both[0] / max(1, both[1]))
-    out["mtp_drafts"] = int(both[1])
-    say("MTP drafts accepted: " + ", ".join(f"{k} {v:.1%}" for k, v in out["mtp_accepted"].items()))
-    return out
+    say("MTP drafts accepted: " + ", ".join(f"{k} {v:.1%}" for k, v in accepted(out).items()))
+
+
+def accepted(score: dict) -> dict[str, float]:
+    """Shares of the judged MTP drafts that greedy decoding accepts: of all parts of the exam, of prose, and of both."""
+    tasks = [part["drafts"] for part in score["tasks"].values()]
+    prose = [score["prose_drafts"]] if "prose_drafts" in score else []
+    of = {"tasks": tasks, "prose": prose, "all": tasks + prose}
+    sums = {kind: np.sum(drafts, axis=0) for kind, drafts in of.items() if drafts}
+    return {kind: float(a / n) for kind, (a, n) in sums.items() if n}
 
 
 def sample(path: Path, prompt: str, tokens: int) -> str:
@@ -186,27 +200,31 @@ def sample(path: Path, prompt: str, tokens: int) -> str:
 
 
 def measure(
-    path: Path, heldout: dict[str, shards.Group], tokenizer: Tokenizer, args, say: Callable[[str], None]
-) -> dict:
+    path: Path, heldout: dict[str, shards.Group], tokenizer: Tokenizer, args, out: dict, say: Callable[[str], None],
+    save: Callable[[], None],
+) -> None:  # fmt: skip
+    """Put into `out` what it lacks of args.parts; `save` is called after each piece of it."""
     config, arrays = pieces.read(path)
     judge = Judge(config, arrays, args.dtype)
-    out: dict[str, Any] = {"bytes_of_file": path.stat().st_size}
-    if "text" in args.parts:
+    if "text" in args.parts and "bits_per_byte" not in out:
         out |= text_scores(judge, heldout, tokenizer, args)
+        save()
         say(f"{out['bits_per_byte']['all']:.4f} bits per byte; next token {out['next_token_accuracy']:.1%}, "
             f"the one after (MTP) {out['mtp_accuracy']:.1%}")  # fmt: skip
     if "tasks" in args.parts:
-        out["tasks"] = tasks_scores(path, judge, heldout, tokenizer, args, say)
-    if "distance" in args.parts:
+        tasks_scores(path, judge, heldout, tokenizer, args, out, say, save)
+    if "distance" in args.parts and "recall" not in out:
         needles = {name: group for name, group in heldout.items() if name.startswith("needle_")}
-        out["recall"] = {}
+        found = {}
         for rule in RULES:
             results = recall(judge, needles, rule, args.needles, args.batch * args.length)
-            out["recall"][rule] = by_distance(results)
-            say(f"recall, {rule}: " + ", ".join(f"{k} {v['recall']:.0%}" for k, v in out["recall"][rule].items()))
-    if "sample" in args.parts:
+            found[rule] = by_distance(results)
+            say(f"recall, {rule}: " + ", ".join(f"{k} {v['recall']:.0%}" for k, v in found[rule].items()))
+        out["recall"] = found
+        save()
+    if "sample" in args.parts and "sample" not in out:
         out["sample"] = sample(path, args.prompt, args.sample)
-    return out
+        save()
 
 
 def table(scores: dict[str, dict]) -> str:
@@ -231,7 +249,7 @@ def table(scores: dict[str, dict]) -> str:
             label = f"{name.replace('_', ' at ')}: {key.replace('_', ' ')}{goal}"
             row(label, lambda s, name=name, key=key: f"{s['tasks'][name][key]:.1%}")
     for kind, goal in (("all", ", goal 60%"), ("tasks", ""), ("prose", "")):
-        row(f"MTP drafts accepted, {kind}{goal}", lambda s, kind=kind: f"{s['tasks']['mtp_accepted'][kind]:.1%}")
+        row(f"MTP drafts accepted, {kind}{goal}", lambda s, kind=kind: f"{accepted(s)[kind]:.1%}")
     for kind in (*stream.TEXT_KINDS, "all"):
         row(f"bits per byte, {kind}", lambda s, kind=kind: f"{s['bits_per_byte'][kind]:.3f}")
     row("next token right", lambda s: f"{s['next_token_accuracy']:.1%}")
@@ -271,7 +289,7 @@ def main() -> None:
     add("--kernels", default="auto", help="of the tasks' models: auto, exact, pallas or xla")
     add("--drafts", type=int, default=64, help="replies of each task whose MTP drafts are judged")
     add("--seed", type=int, default=0)
-    add("--keep", action="store_true", help="leave out what --out already holds")
+    add("--keep", action="store_true", help="go on: leave out the measures that --out already holds")
     add("--needles", type=int, default=12, help="documents of each length")
     add("--prompt", default=PROMPT)
     add("--sample", type=int, default=120, help="tokens of the sample")
@@ -279,19 +297,30 @@ def main() -> None:
     runtime.use_compilation_cache()  # models of one config share their programs
     heldout = shards.read(args.data / "heldout.npz")
     tokenizer = Tokenizer.from_json(args.data / "tokenizer.json")
-    scores, begun = {}, time.monotonic()
+    scores: dict[str, dict] = {}
+    begun = time.monotonic()
+
+    def save() -> None:
+        if args.out:
+            part = args.out.with_name(args.out.name + ".part")  # a run that is stopped leaves the last whole one
+            part.write_text(json.dumps(scores, indent=1, ensure_ascii=False) + "\n")
+            part.replace(args.out)
+
     if args.keep and args.out and args.out.exists():
         scores = json.loads(args.out.read_text())
     for item in args.models:
         name, _, path = item.rpartition("=")
         name = name or Path(path).stem
         say = lambda text, name=name: print(f"[{time.monotonic() - begun:5.0f} s] {name}: {text}", flush=True)  # noqa: E731
-        if name in scores:
-            say("kept")
-            continue
-        scores[name] = measure(Path(path), heldout, tokenizer, args, say)
-        if args.out:
-            args.out.write_text(json.dumps(scores, indent=1, ensure_ascii=False) + "\n")
+        file = {
+            "bytes_of_file": Path(path).stat().st_size,
+            "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest(),
+        }
+        if any(scores.get(name, file)[key] != value for key, value in file.items()):
+            raise SystemExit(
+                f"{args.out}: its scores of {name} are those of another file than {path}; choose another --out"
+            )
+        measure(Path(path), heldout, tokenizer, args, scores.setdefault(name, file), say, save)
     print(table(scores))
     for name, s in scores.items():
         if "sample" in s:

@@ -305,6 +305,15 @@ def test_phases_and_rate():
     assert train_nano.rate(1.0, 100, args) == train_nano.rate(1.2, 100, args) == 0.0
 
 
+def test_drafts_of_all_parts_make_one_share():
+    """Parts of unequal size, measured in several runs, count by their drafts."""
+    tasks = {"arithmetic": {"drafts": [9, 10]}, "tools": {"drafts": [0, 30]}}
+    assert eval_nano.accepted({"tasks": tasks}) == {"tasks": 9 / 40, "all": 9 / 40}
+    both = eval_nano.accepted({"tasks": tasks, "prose_drafts": [6, 20]})
+    assert both == {"tasks": 9 / 40, "prose": 6 / 20, "all": 15 / 60}
+    assert eval_nano.accepted({"tasks": {}}) == {}
+
+
 def test_recall_bins():
     document = np.array([0, 7, 8, 9, 7, 8, 1, 7, 8])
     assert eval_nano.distance(document, 7, 9) == 3
@@ -401,10 +410,14 @@ def test_from_shards_to_a_gguf(tmp_path, monkeypatch):
             "parts": ("text", "distance", "sample"),
         },
     )
-    measured = {
-        name: eval_nano.measure(tmp_path / f"{name}.gguf", heldout, tokenizer, args, lambda text: None)
-        for name in ("f16", "q2")
-    }
+    measured, saved = {"f16": {}, "q2": {}}, []
+    for name, out in measured.items():
+        save = lambda out=out: saved.append(dict(out))  # noqa: E731
+        eval_nano.measure(tmp_path / f"{name}.gguf", heldout, tokenizer, args, out, lambda text: None, save)
+    assert saved[-1] == measured["q2"] and "recall" not in saved[0] and "bits_per_byte" in saved[0]
+    begun = len(saved)
+    eval_nano.measure(tmp_path / "q2.gguf", heldout, tokenizer, args, measured["q2"], lambda text: None, save)
+    assert len(saved) == begun  # a run goes on: nothing is measured twice
     bits = {name: m["bits_per_byte"]["all"] for name, m in measured.items()}
     assert bits["f16"] == pytest.approx(again["as trained"]["bits_per_byte"], rel=0.02)
     assert bits["q2"] == pytest.approx(again["through 2-bit experts"]["bits_per_byte"], rel=0.02)
