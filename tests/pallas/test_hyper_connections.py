@@ -41,7 +41,8 @@ def test_extreme_streams(T):
         with lowering.interpreted():
             ours = enter(*args, **RULES, implementation="pallas")
         for mine, plain in zip(ours, enter(*args, **RULES, implementation="xla"), strict=True):
-            np.testing.assert_allclose(mine, plain, rtol=2e-5, atol=1e-6)
+            peak = max(1, float(np.abs(plain).max()))  # sums that nearly cancel keep the rounding of their terms
+            np.testing.assert_allclose(mine, plain, rtol=2e-5, atol=1e-6 * peak)
 
 
 def test_gradients_are_those_of_the_plain_form():
