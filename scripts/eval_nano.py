@@ -156,9 +156,9 @@ def tasks_scores(
     prose = stream.paragraphs(heldout, tokenizer)
     tasks: dict[str, Any] = out.setdefault("tasks", {})
     for length in sorted({exam.PARTS[name].length for name in args.only}):
-        shortest = length == min(p.length for p in exam.PARTS.values())
+        prose_due = length == min(p.length for p in exam.PARTS.values()) and "prose_drafts" not in out
         wanted = [n for n in args.only if exam.PARTS[n].length == length and n not in tasks]
-        if not wanted and not (shortest and "prose_drafts" not in out):
+        if not (wanted or prose_due):
             continue
         lm = runnable(path, judge.arrays, length, args)
         for name in wanted:
@@ -174,7 +174,7 @@ def tasks_scores(
             save()
             say(f"{name}, {sheet.count} items, {seconds:.0f} s: "
                 + ", ".join(f"{k} {v:.1%}" for k, v in sheet.scores.items()))  # fmt: skip
-        if shortest and "prose_drafts" not in out:
+        if prose_due:
             T = min(args.length, 512)
             texts = windows.text_windows(heldout, T, args.drafts)
             rows = exam.continuations(lm, list(texts), 128, 64)

@@ -78,8 +78,8 @@ def finish(
         )  # fmt: skip
     else:  # a thread a row where there are enough: the iterations are a long chain for whoever makes them
         x, pre = lo.call(
-            _collapse(*rules), first, parts, squares, rows, base, scale, weight, grid=(R,), tuning=tuning,
-            name="hyper_enter",
+            _collapse(S, D, hc_eps, rms_eps), first, parts, squares, rows, base, scale, weight, grid=(R,),
+            tuning=tuning, name="hyper_enter",
         )  # fmt: skip
         post, comb = lo.call(
             _place_block(*rules), second, parts, squares, base, scale, grid=(-(-R // PLACED),),
@@ -146,7 +146,7 @@ def _finish(S: int, D: int, iterations: int, hc_eps: float, rms_eps: float):
     return kernel
 
 
-def _collapse(S: int, D: int, iterations: int, hc_eps: float, rms_eps: float):
+def _collapse(S: int, D: int, hc_eps: float, rms_eps: float):
     """A row's first half, given its products whole."""
 
     def kernel(parts_ref, squares_ref, x_ref, base_ref, scale_ref, weight_ref, out_ref, pre_ref):

@@ -34,15 +34,14 @@ def test_kernel_equals_plain(B, T, D, dtype, tolerance):
         assert np.abs(a - b).max() <= tol * max(1, np.abs(b).max())
 
 
-@pytest.mark.parametrize("T", [2, 257])
-def test_extreme_streams(T):
+@pytest.mark.parametrize("T, atol", [(2, 1e-6), (257, 4e-6)])  # of many rows some sums nearly cancel
+def test_extreme_streams(T, atol):
     for spread in (0.0, 1e-12, 1e12):
         args = inputs(1, T, 64, jnp.float32, np.float32, spread)
         with lowering.interpreted():
             ours = enter(*args, **RULES, implementation="pallas")
         for mine, plain in zip(ours, enter(*args, **RULES, implementation="xla"), strict=True):
-            peak = max(1, float(np.abs(plain).max()))  # sums that nearly cancel keep the rounding of their terms
-            np.testing.assert_allclose(mine, plain, rtol=2e-5, atol=1e-6 * peak)
+            np.testing.assert_allclose(mine, plain, rtol=2e-5, atol=atol)
 
 
 def test_gradients_are_those_of_the_plain_form():
