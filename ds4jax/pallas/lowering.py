@@ -312,6 +312,104 @@ def opaque(x: Array) -> Array:
     return x if interpreting() else _asm("mov.b32 $0, $1;", (x,))
 
 
+# Pairs of float16 in a word, the first in the low half.
+
+
+def _half_floats(x: Array) -> tuple[Array, Array]:
+    """Words → the float32 of their two halves; for interpret mode."""
+    both = lax.bitcast_convert_type(_bits(x), jnp.float16).astype(jnp.float32)
+    return both[..., 0], both[..., 1]
+
+
+def half_pair(low: Array, high: Array) -> Array:
+    """Two float32, rounded to float16, in one word: int32."""
+    if interpreting():
+        both = jnp.stack([low, high], axis=-1).astype(jnp.float16)
+        return lax.bitcast_convert_type(both, jnp.int32)
+    return _asm("cvt.rn.f16x2.f32 $0, $2, $1;", [_bits(low), _bits(high)])
+
+
+def half_fma(a: Array, b: Array, c: Array) -> Array:
+    """a · b + c of pairs of float16, rounded once."""
+    if interpreting():
+        return half_pair(*(x * y + z for x, y, z in zip(*map(_half_floats, (a, b, c)), strict=True)))
+    return _asm("fma.rn.f16x2 $0, $1, $2, $3;", [_bits(x) for x in (a, b, c)])
+
+
+def half_mul(a: Array, b: Array) -> Array:
+    """a · b of pairs of float16."""
+    if interpreting():
+        return half_pair(*(x * y for x, y in zip(*map(_half_floats, (a, b)), strict=True)))
+    return _asm("mul.rn.f16x2 $0, $1, $2;", [_bits(a), _bits(b)])
+
+
+def halves_of_bytes(x: Array) -> tuple[Array, Array]:
+    """The four signed bytes of each word as two pairs of float16."""
+    unsigned = _bits(x) ^ np.int32(-0x7F7F7F80)  # 0x80808080
+    thousand = jnp.full(unsigned.shape, 0x64646464, jnp.int32)  # as a high byte: 1024 + the low byte
+    bias = jnp.full(unsigned.shape, np.uint32(0xE480E480).astype(np.int32), jnp.int32)  # twice -1152
+    pairs = (_bits(pick(unsigned, thousand, selector)) for selector in (0x4140, 0x4342))
+    if interpreting():
+        return tuple(half_pair(*(v - 1152.0 for v in _half_floats(p))) for p in pairs)
+    return tuple(_asm("add.rn.f16x2 $0, $1, $2;", (p, bias)) for p in pairs)
+
+
+def halves_of_high_bytes(x: Array) -> tuple[Array, Array]:
+    """The four bytes of each word as the high bytes of two pairs of float16, whose low bytes are 0."""
+    return tuple(_bits(pick(jnp.zeros_like(_bits(x)), x, selector)) for selector in (0x5140, 0x7362))
+
+
+def warp_product(a: Sequence[Array], b: Sequence[Array], c: Sequence[Array]) -> list[Array]:
+    """Tensor cores' product of a warp: c + a · b, a 16 × 16 and b 16 × 8 of float16, c 16 × 8 of float32.
+
+    Every array is [32 · warps], a thread's number in each: a, b words of two float16, as `mma.m16n8k16` deals them
+    (PTX ISA, "Matrix fragments for mma.m16n8k16 with floating point type"). With thread 4·g + t of a warp: a is rows g,
+    g + 8, g, g + 8 at columns 2t, 2t + 1 (the last two: 8 further); b rows 2t, 2t + 1 (8 further) of column g; c row g,
+    columns 2t and 2t + 1, then row g + 8.
+    """
+    if interpreting():
+        lanes = lambda x: x.reshape(-1, 8, 4)  # noqa: E731
+        pairs = lambda words: [jnp.stack(_half_floats(lanes(w)), axis=-1) for w in words]  # [W, g, t, 2]  # noqa: E731
+        top, bottom, top8, bottom8 = pairs(a)
+        wide = lambda x: x.reshape(*x.shape[:2], 8)  # noqa: E731
+        left = jnp.concatenate(
+            [jnp.concatenate([wide(top), wide(top8)], 2), jnp.concatenate([wide(bottom), wide(bottom8)], 2)], 1
+        )
+        right = jnp.concatenate([wide(x) for x in pairs(b)], 2)  # [W, n, k]
+        exact = lax.Precision.HIGHEST
+        y = lax.dot_general(left, right, (((2,), (2,)), ((0,), (0,))), precision=exact)  # [W, 16, 8]
+        y = y.reshape(-1, 2, 8, 4, 2)
+        return [old + y[:, h, ..., e].reshape(old.shape) for old, (h, e) in zip(c, np.ndindex(2, 2), strict=True)]
+    code = "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
+    _give_all_results()
+    shapes = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in c]
+    constraints = ",".join(["=f"] * 4 + ["r"] * 6 + ["f"] * 4)
+    args = [*(_bits(x) for x in (*a, *b)), *c]
+    kw = dict(args=args, constraints=constraints, pack=1, result_shape_dtypes=shapes)
+    return list(_triton().elementwise_inline_asm(code, **kw))
+
+
+@functools.cache
+def _give_all_results() -> None:
+    """JAX's rule for inline assembly (0.4.34 to 0.12 at least) returns several results as one, which lowering refuses.
+
+    NotImplementedError where the rule is not found.
+    """
+    try:
+        from jax._src.pallas.triton import lowering as rules
+        from jax._src.pallas.triton.primitives import elementwise_inline_asm_p as asm
+
+        rule = rules.triton_lowering_rules[asm]
+    except (ImportError, AttributeError, KeyError) as e:
+        raise NotImplementedError(f"this JAX lowers inline assembly in an unknown way: {e}") from None
+
+    def flat(ctx, *args, **kw):
+        out = rule(ctx, *args, **kw)
+        return list(out if len(out) == len(ctx.avals_out) else out[0])
+
+    rules.triton_lowering_rules[asm] = flat
+
+
 def round_even(x: Array) -> Array:
     """Nearest whole number, ties to even, of float32 |x| < 2²³: there numbers are a whole step apart. (XLA would
     simplify that away, and has an operation for it; kernels have none.)"""
@@ -348,6 +446,18 @@ def unstack4(x: Array) -> list[Array]:
     if interpreting():
         return [x[..., i] for i in range(4)]
     return [lax.squeeze(p, (p.ndim - 1,)) for p in lax.split(x, (1, 1, 1, 1), axis=x.ndim - 1)]
+
+
+def unstack(x: Array) -> list[Array]:
+    """[..., n] → n [...] for a power of two n."""
+    n = x.shape[-1]
+    if n == 1:
+        return [lax.squeeze(x, (x.ndim - 1,))]
+    if interpreting():
+        return [x[..., i] for i in range(n)]
+    pairs = lax.split(x.reshape(*x.shape[:-1], n // 2, 2), (1, 1), axis=x.ndim)
+    even, odd = (unstack(lax.squeeze(p, (p.ndim - 1,))) for p in pairs)
+    return [v for two in zip(even, odd, strict=True) for v in two]
 
 
 def _join(a: Array, b: Array) -> Array:
