@@ -217,15 +217,15 @@ class _Threads:
 
 def _products(
     tiles: list[tuple[decode.Tile, decode.Tile]], step: Walk, codebook: Any, words_ref: Any,
-    x_rows: list[tuple[Array, Array | None]], threads: _Threads, ahead: int,
+    x_rows: list[tuple[Array, Array | None]], threads: _Threads, ahead: int, part: Any = 0, parts: int = 1,
 ) -> list[list[list[Array]]]:  # fmt: skip
     """16 rows of weights each (rows g and rows g + 8 of the threads) times 8 rows of activations each (row of thread g,
     and where it is one): for every tile and every 8 rows of activations, four float32 [L] as `lo.warp_product` deals
-    them."""
-    runs_of_unit = step.unit // 16
+    them. part, parts: of how many equal parts of the input which one is multiplied."""
+    runs_of_unit, steps = step.unit // 16, step.steps // parts
 
     def read(i, these):
-        units = [(4 * i + threads.t) * step.each + j for j in range(step.each)]
+        units = [(4 * (part * steps + i) + threads.t) * step.each + j for j in range(step.each)]
         if step.count % (4 * step.each):
             units = [jnp.minimum(u, step.count - 1) for u in units]  # activations are zero there
         return zip(*(_runs(step.format, tile, step, units, codebook) for tile in these), strict=True)
@@ -235,7 +235,7 @@ def _products(
         for r, both in enumerate(runs):
             decoded = [_pairs(run) for run in both]
             for half in range(2):
-                at = ((i * step.each * runs_of_unit + r) * 2 + half) * 16 + threads.t * 4
+                at = (((part * steps + i) * step.each * runs_of_unit + r) * 2 + half) * 16 + threads.t * 4
                 place = at[:, None] + jnp.arange(4, dtype=jnp.int32)
                 for n, (row, live) in enumerate(x_rows):
                     mask = None if live is None else jnp.broadcast_to(live[:, None], place.shape)
@@ -250,7 +250,7 @@ def _products(
     zero = jnp.zeros(threads.t.shape, jnp.float32)
     zeros = [[[zero] * 4 for _ in x_rows] for _ in tiles]
     flat = [tile for pair in tiles for tile in pair]
-    return decode.pipelined(step.steps, ahead, flat, read, turn, zeros)
+    return decode.pipelined(steps, ahead, flat, read, turn, zeros)
 
 
 def _tiles(
@@ -280,30 +280,35 @@ def matmul(
     tuning = tuning or tuned.lookup("warps", format, out, K)
     stack, step = Stack(parts, format, codebook), walk(format, K, parts)
     W, count = tuning.warps, max(1, tuning.rows // ROWS)
-    M = min(tuning.tokens, lo.power_of_two(N))
-    M = max(COLUMNS, M)
+    M = max(COLUMNS, min(tuning.tokens, lo.power_of_two(N)))
+    grid = (-(-out // (ROWS * count * W)), -(-N // M), G)
+    cut = tuning.parts
+    while step.steps % cut:
+        cut //= 2
     words, undo = halves(x.reshape(N * G, K), step.columns())
 
     def kernel(words_ref, undo_ref, *refs):
         stack_refs, out_ref = refs[:-1], refs[-1]
-        threads, g = _Threads.of(W), pl.program_id(2)
+        threads, g, part = _Threads.of(W), pl.program_id(2) // cut, pl.program_id(2) % cut
         first = (pl.program_id(0) * W + threads.warp) * (ROWS * count)
         token = pl.program_id(1) * M
         of = lambda n: jnp.minimum(token + n, N - 1) * G + g  # noqa: E731
         tiles = _tiles(stack, stack_refs, g * out, first, out, count, threads)
         x_rows = [(of(COLUMNS * n + threads.g), None) for n in range(M // COLUMNS)]
-        sums = _products(tiles, step, codebook, words_ref, x_rows, threads, tuning.ahead)
+        sums = _products(tiles, step, codebook, words_ref, x_rows, threads, tuning.ahead, part, cut)
         for m, of_tile in enumerate(sums):
             for n, four in enumerate(of_tile):
                 for (h, e), y in zip(np.ndindex(2, 2), four, strict=True):
                     row, t = first + 16 * m + 8 * h + threads.g, COLUMNS * n + 2 * threads.t + e
                     y = y * lo.load(undo_ref, (of(t),))
-                    lo.store(out_ref, (of(t), row), y, mask=(row < out) & (token + t < N))
+                    lo.store(out_ref, (part * N * G + of(t), row), y, mask=(row < out) & (token + t < N))
 
     y = lo.call(
-        kernel, jax.ShapeDtypeStruct((N * G, out), out_dtype), words, undo, *stack.arguments(),
-        grid=(-(-out // (ROWS * count * W)), -(-N // M), G), tuning=tuning, name=f"warps_{format.lower()}",
+        kernel, jax.ShapeDtypeStruct((cut * N * G, out), jnp.float32 if cut > 1 else out_dtype), words, undo,
+        *stack.arguments(), grid=(*grid[:2], G * cut), tuning=tuning, name=f"warps_{format.lower()}",
     )  # fmt: skip
+    if cut > 1:
+        y = jnp.sum(y.reshape(cut, N * G, out), axis=0).astype(out_dtype)
     return y.reshape(N, G, out) if stacked else y
 
 

@@ -36,7 +36,8 @@ class Tuning:
 
     rows: output rows of a program. units: steps of the decoder along the input axis that a program takes at once.
     warps, stages: Triton's num_warps and num_stages. tokens: rows of activations of a program (matrix kernels).
-    ahead: by how many of its steps, 0 or 1, a program loads codes before it decodes them.
+    ahead: by how many of its steps, 0 or 1, a program loads codes before it decodes them. parts: into how many parts of
+    the input axis a program's warps divide their work.
     """
 
     rows: int = 8
@@ -45,6 +46,7 @@ class Tuning:
     stages: int = 2
     tokens: int = 16
     ahead: int = 0
+    parts: int = 1
 
 
 # ---- mode ------------------------------------------------------------------------------------------------------------
@@ -381,11 +383,24 @@ def warp_product(a: Sequence[Array], b: Sequence[Array], c: Sequence[Array]) -> 
         y = y.reshape(-1, 2, 8, 4, 2)
         return [old + y[:, h, ..., e].reshape(old.shape) for old, (h, e) in zip(c, np.ndindex(2, 2), strict=True)]
     code = "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
+    return instructions(code, [*(_bits(x) for x in (*a, *b)), *c], [jnp.float32] * 4, lambda *_: ())
+
+
+def instructions(
+    code: str, args: Sequence[Array], outs: Sequence[Any], twin: Callable[..., Sequence[Array]]
+) -> list[Array]:  # fmt: skip
+    """A few machine instructions (PTX) on 32-bit numbers, one of each array a thread; `twin(*args)` where interpreted.
+
+    code: `$0 …` are the results, then the arguments; blocks in braces may declare registers. args: of one shape.
+    outs: the results' dtypes. Results are given registers that no argument has, so they may be written at any time.
+    """
+    if interpreting():
+        return list(twin(*args))
     _give_all_results()
-    shapes = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in c]
-    constraints = ",".join(["=f"] * 4 + ["r"] * 6 + ["f"] * 4)
-    args = [*(_bits(x) for x in (*a, *b)), *c]
-    kw = dict(args=args, constraints=constraints, pack=1, result_shape_dtypes=shapes)
+    letters = ["f" if np.dtype(t) == np.float32 else "r" for t in (*outs, *(a.dtype for a in args))]
+    constraints = ",".join(["=&" + c for c in letters[: len(outs)]] + letters[len(outs) :])
+    shapes = [jax.ShapeDtypeStruct(args[0].shape, t) for t in outs]
+    kw = dict(args=list(args), constraints=constraints, pack=1, result_shape_dtypes=shapes)
     return list(_triton().elementwise_inline_asm(code, **kw))
 
 
@@ -408,6 +423,81 @@ def _give_all_results() -> None:
         return list(out if len(out) == len(ctx.avals_out) else out[0])
 
     rules.triton_lowering_rules[asm] = flat
+
+
+BYTES_PRODUCT = "mma.sync.aligned.m16n8k32.row.col.s32.{0}8.s8.s32"
+"""Tensor cores' product of a warp, of 16 × 32 (signed or, with "u", unsigned) bytes and 32 × 8 signed ones."""
+
+
+def bytes_product(a: Sequence[Array], b: Sequence[Array], c: Sequence[Array], unsigned: bool = False) -> list[Array]:
+    """What `BYTES_PRODUCT` gives, in plain JAX: c + a · b, int32.
+
+    Every array is [32 · warps], a thread's word in each, as `mma.m16n8k32` deals them (PTX ISA, "Matrix fragments for
+    mma.m16n8k32"). With thread 4·g + t of a warp: a is rows g, g + 8, g, g + 8 at columns 4t … 4t + 3 (the last two:
+    16 further); b rows 4t … 4t + 3 (16 further) of column g; c row g, columns 2t and 2t + 1, then row g + 8.
+    """
+    four = lambda w: jnp.stack([byte(w, i) for i in range(4)], axis=-1).reshape(-1, 8, 16)  # [W, g, k]  # noqa: E731
+    left = [four(w) & 255 if unsigned else four(w) for w in a]
+    left = jnp.concatenate([jnp.concatenate(left[::2], 2), jnp.concatenate(left[1::2], 2)], 1)  # [W, 16, 32]
+    right = jnp.concatenate([four(w) for w in b], 2)  # [W, n, k]
+    y = lax.dot_general(left, right, (((2,), (2,)), ((0,), (0,)))).reshape(-1, 2, 8, 4, 2)
+    return [old + y[:, h, ..., e].reshape(old.shape) for old, (h, e) in zip(c, np.ndindex(2, 2), strict=True)]
+
+
+def sum_of_four(x: Array) -> Array:
+    """The sums over threads 4i … 4i + 3, for each of them: float32 [threads]."""
+    code = """{
+        .reg .b32 y;
+        shfl.sync.bfly.b32 y, $1, 1, 31, -1; add.f32 $0, $1, y;
+        shfl.sync.bfly.b32 y, $0, 2, 31, -1; add.f32 $0, $0, y;
+    }"""
+    twin = lambda x: [jnp.repeat(jnp.sum(x.reshape(-1, 4), axis=1), 4)]  # noqa: E731
+    return instructions(code, [x], [jnp.float32], twin)[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedWords:
+    """A table of words in the memory that a program's threads share.
+
+    base: int32 [threads], where each thread's copy begins. words: the table itself, where kernels are interpreted.
+    pitch: bytes from one entry to the next.
+    """
+
+    base: Array
+    words: Array | None
+    pitch: int
+
+
+def share(table: Any, warps: int, copies: int) -> SharedWords:
+    """The words [N] of a ref, copied to shared memory, `copies` times side by side: threads that look up different
+    entries at once mostly find them in different banks. N a multiple of 32; 4 · N · copies at most 48 KiB."""
+    (count,), threads = table.shape, 32 * warps
+    lane = jnp.arange(threads, dtype=jnp.int32)
+    if interpreting():
+        return SharedWords(jnp.zeros_like(lane), table[...], 4 * copies)
+    words = [
+        _bits(load(table, (lane + at,), mask=(lane + at < count) if at + threads > count else None))
+        for at in range(0, count, threads)
+    ]
+    stores = []
+    for i in range(len(words)):
+        mine = "" if (i + 1) * threads <= count else "@p "
+        stores.append(f"setp.lt.u32 p, t, {count - i * threads};" if mine else "")
+        stores.append(f"mad.lo.u32 a, t, {4 * copies}, b; add.u32 a, a, {4 * copies * i * threads};")
+        for c in range(copies):
+            stores.append(f"add.u32 r, t, {c}; and.b32 r, r, {copies - 1}; shl.b32 r, r, 2; add.u32 r, r, a;")
+            stores.append(f"{mine}st.shared.b32 [r], ${1 + i};")
+    meet = "bar.sync 0;" if warps > 1 else "bar.warp.sync -1;"
+    code = f"""{{
+        .shared .align 128 .b8 words[{4 * count * copies}];
+        .reg .b32 a, b, r, t; .reg .pred p;
+        mov.u32 t, %tid.x; mov.u32 b, words;
+        {" ".join(stores)}
+        {meet}
+        and.b32 r, t, {copies - 1}; shl.b32 r, r, 2; add.u32 $0, r, b;
+    }}"""
+    (base,) = instructions(code, words, [jnp.int32], lambda *_: ())
+    return SharedWords(base, None, 4 * copies)
 
 
 def round_even(x: Array) -> Array:

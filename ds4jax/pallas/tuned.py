@@ -24,6 +24,9 @@ _DEFAULT = {
     "swiglu": Tuning(rows=4, units=32, warps=1),
     "down": Tuning(rows=4, units=32, warps=1),
     "bytes": Tuning(rows=4, units=32, warps=1, tokens=4),
+    # few: enough warps to fill a device with six experts' rows
+    "integers_few": Tuning(warps=8, stages=1, parts=4),
+    "integers": Tuning(warps=8, stages=1, tokens=16),
     "warps": Tuning(rows=16, warps=1, stages=1, tokens=16, ahead=1),
     # three stages: of activations, too, a step's are on their way while the last one's are multiplied
     "dense": Tuning(rows=64, warps=4, stages=3, tokens=64, ahead=1),

@@ -1,0 +1,564 @@
+"""Routed experts on integer tensor cores: bytes times bytes, from a single token to batches of some hundred.
+
+One warp's `mma` multiplies 16 rows of 32 weights with 8 columns, and which thread holds which byte is written down (PTX
+ISA, `mma.m16n8k32`), so a thread decodes the very words that it hands over: nothing passes from thread to thread. Any
+order of the elements serves, as long as both operands have the same. Thread 4·g + t of a warp has weights of rows g and
+g + 8, and what stands in column g of the activations.
+
+Activations are whole numbers of 16 bits, two bytes, with one scale for 256 neighbours. Products and sums within a block
+of 256 are exact; a block's sums become float32 once.
+
+Two ways, by whether the bytes of a format's codes times its whole scales are bytes again:
+
+- They are (Q2_K): the eight columns are tokens, or four tokens' first and second bytes.
+- They are not (IQ2_XXS): each thread t of four has a run of 32 elements of its own, with its own scale, and columns 2t
+  and 2t + 1 are zero but for that run's activations: the products of four runs stay apart, the two bytes of each, and
+  they arrive at the thread that knows the scale. Another token is another product with the same weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+
+from ds4jax.pallas import decode, matvec, tuned
+from ds4jax.pallas import lowering as lo
+from ds4jax.pallas.experts import MAX_TOKENS, Schedule, Stack, activation, combine, schedule
+
+Array = jax.Array
+
+BLOCK = 256  # elements
+ROWS = 16  # of weights, in one instruction
+COLUMNS = 8  # in one instruction
+COPIES = 16  # of a codebook's table, see `lowering.share`
+_TOP = 127 * 256  # the largest whole number of two bytes of which the first does not pass 127
+
+
+class Threads(NamedTuple):
+    """A program's threads, numbered 4·g + t within their warp: int32 [32 · warps] each."""
+
+    warp: Array
+    g: Array
+    t: Array
+
+    @classmethod
+    def of(cls, warps: int) -> Threads:
+        lane = jnp.arange(32 * warps, dtype=jnp.int32)
+        return cls(lane >> 5, lane >> 2 & 7, lane & 3)
+
+
+# ---- formats ---------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """How rows of a format are read.
+
+    order: int [products, 4], which of a span's neighbourhoods of 8 elements thread t has in a product; a span is what
+    they are together, one or two blocks. runs: whether each thread's elements are runs with scales of their own.
+    """
+
+    order: np.ndarray
+    runs: bool
+
+    @property
+    def blocks(self) -> int:
+        """Of a span."""
+        return self.order.size * 8 // BLOCK
+
+    def places(self) -> np.ndarray:
+        """int32 [neighbourhoods of a span]: where a row of activations has the two words of a neighbourhood's first
+        bytes; those of its second bytes are 4 further. `Digits.words`."""
+        at = np.empty(self.order.size, np.int32)
+        product, t = np.ogrid[: len(self.order), :4]
+        at[self.order] = 32 * (product >> 1) + 8 * t + 2 * (product & 1)
+        return at
+
+
+_p, _t = np.ogrid[:16, :4]
+FORMATS = {
+    # thread t has runs 4t … 4t + 3 of 16, of each the four entries of the codebook
+    "IQ2_XXS": Format(4 * (4 * _t + (_p >> 2)) + (_p & 3), runs=True),
+    # thread t has the t-th (chunk, half) of a block, 16 bytes: in each of their four fields a run of 16 elements
+    "Q2_K": Format(16 * (_t >> 1) + 4 * (_p[:8] >> 1) + 2 * (_t & 1) + (_p[:8] & 1), runs=False),
+}
+
+
+def _four(ref: Any, row: Array, place: Array, **kw: Any) -> list[Array]:
+    """Entries place … place + 3 of a row, one for all threads or one for each: four [threads]."""
+    row = row[:, None] if row.ndim else row
+    return lo.unstack4(lo.load(ref, (row, place[:, None] + jnp.arange(4, dtype=jnp.int32)), **kw))
+
+
+def _half(tile: decode.Tile, name: str, block: Array) -> Array:
+    bits = lo.load(tile.refs[name], (tile.rows, block))
+    return jax.lax.bitcast_convert_type(bits, jnp.float16).astype(jnp.float32)
+
+
+MAGNITUDES = (8, 25, 43, 0)  # of the codebook of two bits
+_PLUS, _MINUS = (int(np.asarray([sign * m for m in MAGNITUDES], np.int8).view("<i4")[0]) for sign in (1, -1))
+_ENTRIES = 256
+
+
+def table(codebook: np.ndarray) -> np.ndarray:
+    """What a kernel looks entries up in: uint32 [256 + 128 + 32]: the codebook's selectors, those of the signs, and 16
+    times the magnitudes and their negatives. (What all threads have in common is moved to a register at each use; so
+    they load these from places of their own.)
+
+    codebook: uint8 [256, 8], magnitudes. A selector has four bits for each of 8 elements: the number of the magnitude
+    among `MAGNITUDES`, and above it the sign; signs come by their 7-bit index, an even number of eight.
+    """
+    number = np.searchsorted(MAGNITUDES[:3], codebook).astype(np.uint32)
+    bits = np.arange(128, dtype=np.uint32)[:, None] >> np.arange(8, dtype=np.uint32) & 1
+    bits[:, 7] = bits[:, :7].sum(axis=1) & 1
+    nibbles = np.concatenate([number, bits << 2])
+    selectors = np.bitwise_or.reduce(nibbles << 4 * np.arange(8, dtype=np.uint32), axis=1)
+    return np.concatenate([selectors, np.tile(np.asarray([_PLUS, _MINUS], np.int32).view(np.uint32), 16)])
+
+
+class Table(NamedTuple):
+    """`table` as a program has it: the selectors in shared memory, and the magnitudes as words [threads]."""
+
+    selectors: lo.SharedWords
+    values: list[Array]
+
+    @classmethod
+    def of(cls, ref: Any, warps: int) -> Table:
+        first = _ENTRIES + 128 + 2 * (jnp.arange(32 * warps, dtype=jnp.int32) & 15)
+        return cls(lo.share(ref, warps, COPIES), [_word(lo.load(ref, (first + i,))) for i in range(2)])
+
+    def entry(self, codes: Array, signs: Array, e: int) -> list[Array]:
+        """The e-th of the four entries of words of IQ2_XXS: 8 signed bytes, two words."""
+        pitch = self.selectors.pitch
+
+        def twin(codes, signs, base, plus, minus):
+            both = self.selectors.words[codes >> 8 * e & 255] | self.selectors.words[_ENTRIES + (signs >> 7 * e & 127)]
+            return [lo.pick(plus, minus, both & 0xFFFF), lo.pick(plus, minus, both >> 16 & 0xFFFF)]
+
+        code = f"""{{
+            .reg .b32 c, s;
+            prmt.b32 c, $2, 0, {0x4440 + e}; mad.lo.u32 c, c, {pitch}, $4; ld.shared.b32 c, [c];
+            shr.u32 s, $3, {7 * e}; and.b32 s, s, 127; mad.lo.u32 s, s, {pitch}, $4;
+            ld.shared.b32 s, [s + {_ENTRIES * pitch}];
+            or.b32 c, c, s; shr.u32 s, c, 16; prmt.b32 $0, $5, $6, c; prmt.b32 $1, $5, $6, s;
+        }}"""
+        return lo.instructions(code, _words([codes, signs, self.selectors.base, *self.values]), [jnp.int32] * 2, twin)
+
+
+def _word(x: Array) -> Array:
+    return x if x.dtype == jnp.int32 else jax.lax.bitcast_convert_type(x, jnp.int32)
+
+
+def _words(its: list[Array]) -> list[Array]:
+    return [_word(x) for x in its]
+
+
+# ---- activations -----------------------------------------------------------------------------------------------------
+
+
+class Digits(NamedTuple):
+    """Activations x [rows, K] as whole numbers of two bytes; blocks behind K are zeros.
+
+    words: int32 [rows, spans, products/2, 4, 2, 2, 2]: of products 2p and 2p + 1 and of thread t, the first bytes of
+    either's two words, and the second bytes.
+    scale: float32 [rows, blocks], NaN for a block that holds NaN or infinity.
+    sums: int32 [rows, blocks, 4, 2, 2], or None where a format's runs have scales: of thread t of Q2_K and of either
+    byte the sums of its four runs of 16, each in two bytes: in the first word modulo 16, from -8 on, in the second what
+    is left, sixteenths.
+    """
+
+    words: Array
+    scale: Array
+    sums: Array | None
+
+
+def split(x: Array, how: Format, blocks: int) -> Digits:
+    """x: [rows, K], K a multiple of 256; `blocks` of them, whole spans, zeros behind K."""
+    rows, K = x.shape
+    width, near = min(4, lo.power_of_two(blocks)), BLOCK // 8
+    at_ = jnp.asarray(how.places())
+
+    def kernel(x_ref, at_ref, words_ref, scale_ref, *sums_ref):
+        n = pl.program_id(0)
+        block = pl.program_id(1) * width + jnp.arange(width, dtype=jnp.int32)
+        inside = block < blocks
+        hood, two = jnp.arange(near, dtype=jnp.int32), jnp.arange(2, dtype=jnp.int32)
+        place = (BLOCK * block[:, None] + 8 * hood)[:, :, None] + jnp.arange(8, dtype=jnp.int32)
+        tile = lo.load(x_ref, (n, place), mask=place < K).astype(jnp.float32)  # [width, 32, 8]
+        finite = jnp.abs(tile) < jnp.inf
+        tile = jnp.where(finite, tile, 0)
+        peak = jnp.max(jnp.max(jnp.abs(tile), axis=2), axis=1)
+        scale = jnp.where(peak == 0, 1.0, peak / _TOP)
+        whole = jnp.clip(lo.round_even(tile / scale[:, None, None]), -_TOP, _TOP).astype(jnp.int32)
+        bad = jnp.max(jnp.max(jnp.where(finite, 0.0, 1.0), axis=2), axis=1) > 0
+        lo.store(scale_ref, (n, block), jnp.where(bad, jnp.nan, scale), mask=inside)
+        low = (whole << 24) >> 24
+        span = (block // how.blocks)[:, None]
+        first = 128 * how.blocks * span + lo.load(at_ref, (near * (block % how.blocks)[:, None] + hood,))
+        live = inside[:, None, None] & (two >= 0)
+        for i, digit in enumerate(((whole - low) >> 8, low)):
+            at = first[:, :, None] + (4 * i + two)
+            lo.store(words_ref, (n, at), _pack(digit.reshape(width, near, 2, 4)), mask=live & (at >= 0))
+            if sums_ref:
+                run = jnp.sum(jnp.sum(digit.reshape(width, 16, 2, 8), axis=3), axis=2)
+                sixteenths = (run + 8) >> 4
+                for j, part in enumerate((run - 16 * sixteenths, sixteenths)):
+                    fields = part.reshape(width, 2, 4, 2) & 255  # chunk, field, half
+                    word = jnp.sum(fields << 8 * jnp.arange(4, dtype=jnp.int32)[:, None], axis=2)
+                    at = (16 * block[:, None] + 8 * two)[:, :, None] + (4 * two + (2 * i + j))
+                    lo.store(sums_ref[0], (n, at), word, mask=live & (at >= 0))
+
+    shapes = [((rows, 128 * blocks), jnp.int32), ((rows, blocks), jnp.float32), ((rows, 16 * blocks), jnp.int32)]
+    out = lo.call(
+        kernel, [jax.ShapeDtypeStruct(*s) for s in (shapes[:2] if how.runs else shapes)], x, at_,
+        grid=(rows, -(-blocks // width)), tuning=lo.Tuning(warps=4, stages=1), name="split_blocks",
+    )  # fmt: skip
+    return Digits(out[0], out[1], None if how.runs else out[2])
+
+
+def _pack(digit: Array) -> Array:
+    """[…, 4] whole numbers → words of their low bytes."""
+    return jnp.sum((digit & 255) << (8 * jnp.arange(4, dtype=jnp.int32)), axis=-1)
+
+
+# ---- products --------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a program multiplies.
+
+    tiles: of every stack the thread's rows g and g + 8. digits: refs of `Digits`. first, steps: the spans that the
+    thread takes. last: the weights' last block; activations behind it are zeros.
+    """
+
+    tiles: list[tuple[decode.Tile, decode.Tile]]
+    threads: Threads
+    table: Table | None
+    digits: list[Any]
+    first: Array
+    steps: int
+    last: int
+
+    def products(self, width: int, row: Callable[[Any], Array]) -> list[list[list[list[Array]]]]:
+        """With rows row(0) … row(width - 1) of activations: for every stack, for every 4 of them (or 8, where the
+        format's scales are in its bytes), float32 [threads] of the weights' rows g and g + 8, of row t of the 4 (rows
+        2t and 2t + 1 of the 8): [stacks][columns][rows of activations][2]."""
+        return (_by_runs if self.table is not None else _by_tokens)(self, width, row)
+
+
+def mine(width: int, t: Array, runs: bool) -> list[list[Array]]:
+    """Which of `width` rows of activations thread t gets results of, as `Work.products` gives them."""
+    if runs or width <= COLUMNS // 2:
+        return [[n + t] for n in range(0, width, COLUMNS // 2)]
+    return [[n + 2 * t, n + 2 * t + 1] for n in range(0, width, COLUMNS)]
+
+
+def _mma(d: list[str], a: list[str], b: list[str], c: list[str], unsigned: bool) -> str:
+    lists = ", ".join("{" + ", ".join(names) + "}" for names in (d, a, b, c))
+    return f"{lo.BYTES_PRODUCT.format('u' if unsigned else 's')} {lists};"
+
+
+def _run_product(
+    a: list[list[Array]], b: list[list[Array]], scales: tuple[Array, Array], sums: list[Array]
+) -> list[Array]:  # fmt: skip
+    """sums + scales · Σ_i a[i] · b[i], int32: a run's products with one scale a row."""
+    N = len(a)
+
+    def twin(*args):
+        a, b, scales, sums = args[: 4 * N], args[4 * N : 6 * N], args[6 * N : 6 * N + 2], args[6 * N + 2 :]
+        c = [jnp.zeros_like(s) for s in sums]
+        for i in range(N):
+            c = lo.bytes_product(a[4 * i : 4 * i + 4], b[2 * i : 2 * i + 2], c)
+        return [s + y * scales[j >> 1] for j, (s, y) in enumerate(zip(sums, c, strict=True))]
+
+    arg, c = [f"${4 + i}" for i in range(6 * N + 6)], ["c0", "c1", "c2", "c3"]
+    code = "{ .reg .b32 c0, c1, c2, c3, z; mov.b32 z, 0;"
+    for i in range(N):
+        code += _mma(c, arg[4 * i : 4 * i + 4], arg[4 * N + 2 * i : 4 * N + 2 * i + 2], c if i else ["z"] * 4, False)
+    for j in range(4):
+        code += f"mad.lo.s32 ${j}, {c[j]}, {arg[6 * N + (j >> 1)]}, {arg[6 * N + 2 + j]};"
+    return lo.instructions(code + "}", _words([*sum(a, []), *sum(b, []), *scales, *sums]), [jnp.int32] * 4, twin)
+
+
+def _by_runs(work: Work, width: int, row: Callable[[Any], Array]) -> list[list[list[list[Array]]]]:
+    g, t = work.threads.g, work.threads.t
+    words_ref, scale_ref = work.digits
+    rows = [row(n) for n in range(width)]
+    own = jnp.broadcast_to((g >> 1 == t)[:, None], (*t.shape, 4))
+    zero, nothing = jnp.zeros(t.shape, jnp.int32), jnp.zeros(t.shape, jnp.float32)
+
+    def body(i, totals):
+        span = work.first + i
+        block = 2 * span + (t >> 1)
+        here = jnp.minimum(block, work.last)
+        at = 8 * here + 4 * (t & 1)
+        codes, signs = (
+            [[_four(half.refs[name], half.rows, at, stream=True) for half in tile] for tile in work.tiles]
+            for name in ("codes", "signs")
+        )
+        sums = [[[zero] * 4 for _ in rows] for _ in work.tiles]
+        for r in range(4):
+            place = 256 * span + 64 * r + 8 * t + 4 * (g & 1)
+            b = []
+            for x in rows:
+                eight = [w for q in range(2) for w in _four(words_ref, x, place + 32 * q, mask=own)]
+                b.append([eight[j : j + 2] for j in range(0, 8, 2)])
+            for m in range(len(work.tiles)):
+                entries = [
+                    [work.table.entry(codes[m][h][r], signs[m][h][r], e) for h in range(2)] for e in range(4)
+                ]
+                a = [[its[h][i] for i in range(2) for h in range(2)] for its in entries]
+                # twice the scale's four bits and a half
+                scales = tuple(_word(signs[m][h][r] >> np.uint32(27) | np.uint32(1)) for h in range(2))
+                for n in range(width):
+                    sums[m][n] = _run_product(a, b[n], scales, sums[m][n])
+        for m, tile in enumerate(work.tiles):
+            d = [0.125 * _half(half, "d", here) for half in tile]
+            for n, x in enumerate(rows):
+                scale = lo.load(scale_ref, (x, block))
+                f = [s.astype(jnp.float32) for s in sums[m][n]]
+                for h in range(2):
+                    y = (f[2 * h] * 256.0 + f[2 * h + 1]) * d[h]
+                    totals[m][n][h] = lo.fma(y, scale, totals[m][n][h])
+        return totals
+
+    totals = lo.loop(work.steps, body, [[[nothing] * 2 for _ in rows] for _ in work.tiles])
+    return [[_of_thread(its[n : n + 4], t) for n in range(0, width, 4)] for its in totals]
+
+
+def _of_thread(its: list[list[Array]], t: Array) -> list[list[Array]]:
+    """Sums over the four threads of a row, of which thread t keeps the t-th."""
+    out = []
+    for h in range(2):
+        sums = [lo.sum_of_four(y[h]) for y in its]
+        y = sums[0]
+        for n in range(1, len(sums)):
+            y = jnp.where(t == n, sums[n], y)
+        out.append(y)
+    return [out]
+
+
+def _token_product(a: list[Array], b: list[list[Array]], sums: list[Array]) -> list[Array]:
+    """sums + a · b of unsigned a, for every b: int32, four of each."""
+    N = len(b)
+
+    def twin(*args):
+        a, b, sums = args[:4], args[4 : 4 + 2 * N], args[4 + 2 * N :]
+        return [y for i in range(N) for y in lo.bytes_product(a, b[2 * i : 2 * i + 2], sums[4 * i : 4 * i + 4], True)]
+
+    arg, code = [f"${4 * N + i}" for i in range(4 + 6 * N)], ""
+    for i in range(N):
+        out = [f"${4 * i + j}" for j in range(4)]
+        code += _mma(out, arg[:4], arg[4 + 2 * i : 6 + 2 * i], arg[4 + 2 * N + 4 * i : 8 + 2 * N + 4 * i], True)
+    return lo.instructions(code, _words([*a, *sum(b, []), *sums]), [jnp.int32] * (4 * N), twin)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Columns:
+    """Up to eight rows of activations side by side: each byte has a product of its own, or, of four at most, both bytes
+    stand in one product.
+
+    load: int32 [threads], the row whose bytes the thread loads. digit: which of them, or None for both.
+    """
+
+    load: Array
+    digit: Array | None
+
+    @property
+    def count(self) -> int:
+        return 2 if self.digit is None else 1
+
+    def pair(self, words_ref: Any, block: Array, p: int, t: Array) -> list[list[list[Array]]]:
+        """For products 2p and 2p + 1, the two words of each byte."""
+        place = 128 * block + 32 * p + 8 * t
+        quads = [_four(words_ref, self.load, place + 4 * d) for d in ((0, 1) if self.digit is None else (self.digit,))]
+        return [[quad[2 * i : 2 * i + 2] for quad in quads] for i in range(2)]
+
+    def sums(self, sums_ref: Any, block: Array, t: Array) -> list[list[Array]]:
+        place = 16 * block + 4 * t
+        if self.digit is None:
+            four = _four(sums_ref, self.load, place)
+            return [four[:2], four[2:]]
+        two = (place + 2 * self.digit)[:, None] + jnp.arange(2, dtype=jnp.int32)
+        return [lo.unstack(lo.load(sums_ref, (self.load[:, None], two)))]
+
+    def zeros(self) -> list[Array]:
+        return [jnp.zeros(self.load.shape, jnp.int32)] * (4 * self.count)
+
+    def numbers(self, sums: list[Array]) -> list[list[Array]]:
+        """Sums of either byte → float32 of both: of each row of activations, rows g and g + 8."""
+        f = [s.astype(jnp.float32) for s in sums]
+        if self.digit is None:
+            return [[f[e + 2 * h] * 256.0 + f[4 + e + 2 * h] for h in range(2)] for e in range(2)]
+        return [[f[2 * h] * 256.0 + f[2 * h + 1] for h in range(2)]]
+
+
+def _q2_k(tile: decode.Tile, block: Array, t: Array) -> tuple[list[list[Array]], list[Array]]:
+    """A thread's part of a block in one row: of the 8 products two words of four bytes, codes times scales; and its
+    runs' minima, a word of them and one of sixteen times them."""
+    codes = _four(tile.refs["codes"], tile.rows, 16 * block + 4 * t, stream=True)
+    place = (16 * block + 8 * (t >> 1))[:, None] + jnp.arange(8, dtype=jnp.int32)
+    eight = lo.unstack(lo.words_of_bytes(lo.load(tile.refs["scales"], (tile.rows[:, None], place))))
+    both = lo.pick(*eight, 0x6420 + 0x1111 * (t & 1))  # of the half's runs the scale, and above it the minimum
+    words = []
+    for s in range(4):
+        scale = both >> np.uint32(8 * s) & np.uint32(15)
+        four = [(code >> np.uint32(2 * s) & np.uint32(0x03030303)) * scale for code in codes]
+        words += [four[:2], four[2:]]
+    return words, [both >> np.uint32(4) & np.uint32(0x0F0F0F0F), both & np.uint32(0xF0F0F0F0)]
+
+
+def _by_tokens(work: Work, width: int, row: Callable[[Any], Array]) -> list[list[list[list[Array]]]]:
+    g, t = work.threads.g, work.threads.t
+    words_ref, scale_ref, sums_ref = work.digits
+    if width <= COLUMNS // 2:
+        columns = [_Columns(row(g >> 1), g & 1)]
+    else:
+        columns = [_Columns(row(n + g), None) for n in range(0, width, COLUMNS)]
+    rows = [[row(place) for place in its] for its in mine(width, t, False)]
+    nothing = jnp.zeros(t.shape, jnp.float32)
+
+    def body(i, totals):
+        block = work.first + i
+        here = jnp.minimum(block, work.last)
+        weights = [[_q2_k(half, here, t) for half in tile] for tile in work.tiles]
+        sums = [[c.zeros() for c in columns] for _ in work.tiles]
+        for p in range(4):
+            for c, its in enumerate(columns):
+                for n, b in zip((2 * p, 2 * p + 1), its.pair(words_ref, block, p, t), strict=True):
+                    for m, halves in enumerate(weights):
+                        a = [words[n][i] for i in range(2) for words, _ in halves]
+                        sums[m][c] = _token_product(a, b, sums[m][c])
+        for c, its in enumerate(columns):
+            scales = [lo.load(scale_ref, (x, block)) for x in rows[c]]
+            b = its.sums(sums_ref, block, t)
+            for m, halves in enumerate(weights):
+                numbers = its.numbers(sums[m][c])
+                a = [least[i] for i in range(2) for _, least in halves]
+                least = its.numbers(_token_product(a, b, its.zeros()))
+                for h, half in enumerate(work.tiles[m]):
+                    d, dmin = (_half(half, name, here) for name in ("d", "dmin"))
+                    for e, scale in enumerate(scales):
+                        y = lo.fma(-least[e][h], dmin, numbers[e][h] * d)
+                        totals[m][c][e][h] = lo.fma(y, scale, totals[m][c][e][h])
+        return totals
+
+    return lo.loop(work.steps, body, [[[[nothing] * 2 for _ in its] for its in rows] for _ in work.tiles])
+
+
+# ---- routed experts --------------------------------------------------------------------------------------------------
+
+
+def serves(format: str, dtype: Any) -> bool:
+    """Whether these kernels take stacks of `format` and activations of `dtype`."""
+    return format in FORMATS and np.dtype(dtype) == jnp.bfloat16
+
+
+def _each(ids: Array, experts: int) -> Schedule:
+    """Every assignment a tile of its own."""
+    n = jnp.arange(ids.size, dtype=jnp.int32)
+    return Schedule(n, jnp.clip(ids.reshape(-1), 0, experts - 1), n, jnp.ones_like(n))
+
+
+def _by_width(least: int, most: int, count: Array, body: Callable[[int], None]) -> None:
+    """body(width) for the power of two from `least` to `most` that holds `count`; nothing where that is 0."""
+    below = 0
+    for width in (least << i for i in range((most // least).bit_length())):
+        pl.when((count > below) & (count <= width))(lambda width=width: body(width))
+        below = width
+
+
+def _experts(
+    name: str, x: Array, stacks: list[Stack], ids: Array, more: list[Array], dtype: Any, tuning: lo.Tuning | None,
+    source: Callable[[Array], Array], finish: Callable[..., Array],
+) -> Array:  # fmt: skip
+    """Every assignment's products with its expert's rows of `stacks`: [T·k, out] of `dtype`.
+
+    x: [rows, K]; an assignment n has row source(n). finish(n [L], refs of `more`, *products [L]) → [L].
+    """
+    K, N, first, few = x.shape[1], ids.size, stacks[0], ids.shape[0] <= MAX_TOKENS
+    experts, out = first.count, first.out
+    for stack in stacks:
+        if not serves(stack.format, x.dtype) or stack.format != first.format or K % BLOCK:
+            formats = " and ".join(stack.format for stack in stacks)
+            raise NotImplementedError(f"no integer products of {formats}, rows of {K}, with {x.dtype}")
+    tuning = tuning or tuned.lookup("integers_few" if few else "integers", first.format, out, K)
+    how, W, parts = FORMATS[first.format], tuning.warps, tuning.parts
+    least = 1 if how.runs else COLUMNS // 2
+    M = least if few else max(least, min(tuning.tokens, lo.power_of_two(N)))
+    blocks, rows = K // BLOCK, ROWS * W // parts
+    steps = -(-blocks // (parts * how.blocks))
+    digits = [a for a in split(x, how, steps * parts * how.blocks) if a is not None]
+    book = [jnp.asarray(table(first.codebook))] if how.runs else []
+    packed = [p for stack in stacks for p in matvec.flat_parts(stack.parts)[1]]
+
+    def kernel(*refs):
+        refs, out_ref = list(refs[:-1]), refs[-1]
+        take = lambda n: [refs.pop(0) for _ in range(n)]  # noqa: E731
+        more_refs, (order_ref, expert_ref, start_ref, count_ref), x_refs = take(len(more)), take(4), take(len(digits))
+        lookup = Table.of(refs.pop(0), W) if book else None
+        named = [dict(zip(stack.parts, take(len(stack.parts)), strict=True)) for stack in stacks]
+        i, threads, base = pl.program_id(1), Threads.of(W), pl.program_id(0) * rows
+        start, used = start_ref[i], count_ref[i]
+
+        def run(width):
+            def assignment(place):
+                place = start + jnp.minimum(place, used - 1)
+                return lo.load(order_ref, (place,)) if place.ndim else order_ref[place]
+
+            row = base + ROWS * (threads.warp % (W // parts)) + threads.g
+            at = [expert_ref[i] * out + jnp.minimum(row + 8 * h, out - 1) for h in range(2)]
+            work = Work(
+                [tuple(decode.Tile(its, r) for r in at) for its in named], threads, lookup, x_refs,
+                threads.warp // (W // parts) * steps, steps, blocks - 1,
+            )  # fmt: skip
+            sums = work.products(width, lambda place: source(assignment(place)))
+            those = Threads.of(W // parts)
+            row = base + ROWS * those.warp + those.g
+            for c, places in enumerate(mine(width, those.t, how.runs)):
+                for e, place in enumerate(places):
+                    n = assignment(place)
+                    for h in range(2):
+                        y = finish(n, more_refs, *(_over_parts(its[c][e][h], parts) for its in sums))
+                        inside = (row + 8 * h < out) & (place < jnp.minimum(used, width))
+                        lo.store(out_ref, (n, row + 8 * h), y, mask=inside)
+
+        _by_width(least, M, used, run)
+
+    plan = _each(ids, experts) if few else schedule(ids, experts, M)
+    return lo.call(
+        kernel, jax.ShapeDtypeStruct((N, out), dtype), *more, *plan, *digits, *book, *packed,
+        grid=(-(-out // rows), plan.expert.shape[0]), tuning=tuning, name=f"integers_{name}_{first.format.lower()}",
+    )  # fmt: skip
+
+
+def _over_parts(y: Array, parts: int) -> Array:
+    """The sum of what a program's warps have of the parts of the input."""
+    return y if parts == 1 else jnp.sum(y.reshape(parts, -1), axis=0)
+
+
+def swiglu(
+    x: Array, gate: Stack, up: Stack, ids: Array, weights: Array, limit: float, tuning: lo.Tuning | None = None
+) -> Array:
+    """`quant.expert_swiglu`: bfloat16 x[T, D], ids and weights [T, k] → h[T, k, F]."""
+    k = ids.shape[1]
+
+    def finish(n, refs, gate, up):
+        return activation(gate, up, lo.load(refs[0], (n,)), limit)
+
+    h = _experts("swiglu", x, [gate, up], ids, [weights.reshape(-1)], x.dtype, tuning, lambda n: n // k, finish)
+    return h.reshape(*ids.shape, gate.out)
+
+
+def down(h: Array, stack: Stack, ids: Array, tuning: lo.Tuning | None = None) -> Array:
+    """`quant.expert_down`: bfloat16 h[T, k, F], ids[T, k] → y[T, D]."""
+    T, k, F = h.shape
+    y = _experts("down", h.reshape(T * k, F), [stack], ids, [], jnp.float32, tuning, lambda n: n, lambda n, refs, y: y)
+    return combine(y, T, h.dtype)
