@@ -39,9 +39,6 @@ class Run:
 
     at: int32 [L], which run of its row; it holds elements 16·at … 16·at + 15.
     words: words [L, R, 4], or four arrays [L, R] of them: together 16 signed bytes in order.
-    selectors: four [L, R] instead of words, where bytes are looked up: nibble i of one, bits 0-1, is the number of
-        element i's magnitude among the four of `magnitudes`, and bit 2 its sign.
-    two_bits: whether all bytes are 0 to 3.
     scale: float32 [L, R]. offset: float32 [L, R], or None for 0.
     floats: float32 [L, R, 16] instead of words, where a code is a number with its own exponent.
     """
@@ -51,20 +48,14 @@ class Run:
     scale: Array
     offset: Array | None = None
     floats: Array | None = None
-    selectors: list[Array] | None = None
-    magnitudes: np.ndarray | None = None
-    two_bits: bool = False
 
     def four(self) -> list[Array]:
         """The words as four [L, R]."""
-        if self.selectors is not None:
-            values = _words(np.concatenate([self.magnitudes, -self.magnitudes]))
-            return [lo.permute(*values, s) for s in self.selectors]
         return self.words if isinstance(self.words, list) else lo.unstack4(self.words)
 
     def packed(self) -> Array:
         """The words as [L, R, 4]."""
-        return self.words if self.selectors is None and not isinstance(self.words, list) else lo.stack(self.four())
+        return lo.stack(self.words) if isinstance(self.words, list) else self.words
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,8 +137,7 @@ def _q2_k(t: Tile, u: Array) -> Iterator[Run]:
     for s in range(4):
         at = 8 * chunk + 2 * s + half
         both = t.code("scales", at)
-        codes = _field(words, 2 * s, 0x03030303)
-        yield Run(at, codes, d * _f(both & 15), -dmin * _f(both >> 4), two_bits=True)
+        yield Run(at, _field(words, 2 * s, 0x03030303), d * _f(both & 15), -dmin * _f(both >> 4))
 
 
 def _q3_k(t: Tile, u: Array) -> Iterator[Run]:
@@ -283,7 +273,7 @@ def table(format: str, grid: np.ndarray) -> np.ndarray:
     The first `entries` are selectors: nibble i holds the number of element i's magnitude among the codebook's and, of
     an 8-wide entry, two bits up, that of element i + 4. Then come the signs of 8 elements, by the format's sign index
     (7 bits, an even number of signs) or by the 8 bits themselves: nibble i has bit 2 set where element i is negative
-    and bit 0 where element i + 4 is.
+    and bit 3 where element i + 4 is.
     """
     codes = np.searchsorted(np.unique(grid), grid).astype(np.uint16)
     if grid.shape[1] == 8:
@@ -292,7 +282,7 @@ def table(format: str, grid: np.ndarray) -> np.ndarray:
     bits = index[:, None] >> np.arange(8) & 1
     if DECODERS[format].even_signs:
         bits[:, 7] = bits[:, :7].sum(axis=1) & 1
-    signs = (bits[:, :4] << 2 | bits[:, 4:]).astype(np.uint16)
+    signs = (bits[:, :4] << 2 | bits[:, 4:] << 3).astype(np.uint16)
     return np.concatenate([_nibbles(codes), _nibbles(signs)])
 
 
@@ -316,14 +306,13 @@ def _magnitudes(grid: np.ndarray, room: int) -> np.ndarray:
 
 
 def _signed8(t: Tile, index: Array, signs: Array, grid: np.ndarray) -> list[Array]:
-    """8-wide entry `index` with signs `signs` → two words of `Run.selectors`."""
+    """8-wide entry `index` with signs `signs` → two words."""
+    m = _magnitudes(grid, 4)
+    values = _words(np.concatenate([m, -m]))  # so a selector's bit 2 is the sign
     entry, sign = _entry(t, index), _entry(t, signs + np.uint32(len(grid)))
-    return [_merge(entry, sign), _merge(entry >> np.uint32(2), sign << np.uint32(2))]
-
-
-def _merge(entry: Array, sign: Array) -> Array:
-    # masks that complement each other make one instruction of the three
-    return (entry & np.uint32(0x3333)) | (sign & np.uint32(0xFFFFCCCC))
+    first = (entry & np.uint32(0x3333)) | (sign & np.uint32(0x4444))
+    second = ((entry >> np.uint32(2)) & np.uint32(0x3333)) | ((sign >> np.uint32(1)) & np.uint32(0x4444))
+    return [lo.permute(*values, sel) for sel in (first, second)]
 
 
 def _signed4(t: Tile, pair: list[Array], signs: Array, grid: np.ndarray) -> list[Array]:
@@ -332,7 +321,7 @@ def _signed4(t: Tile, pair: list[Array], signs: Array, grid: np.ndarray) -> list
     plus, minus = _words(m), _words(-m)
     sign = _entry(t, signs + np.uint32(len(grid)))
     out = []
-    for index, sel in zip(pair, (sign, sign << np.uint32(2)), strict=True):
+    for index, sel in zip(pair, (sign, sign >> np.uint32(1)), strict=True):
         entry = _entry(t, index)
         which = (sel & np.uint32(0x4444)) | np.uint32(0x3210)
         out.append(lo.pick(lo.permute(*plus, entry), lo.permute(*minus, entry), which))
@@ -348,21 +337,19 @@ def _iq2_xxs(t: Tile, u: Array, grid: np.ndarray) -> Iterator[Run]:
     codes, packed = t.part("codes", u), t.part("signs", u)
     scale = t.half("d", u >> 3) * (_f(packed >> np.uint32(28)) + 0.5) * 0.25
     for r in range(2):
-        selectors = [w for e in (2 * r, 2 * r + 1) for w in _signed8(t, _byte(codes, e), _index7(packed, e), grid)]
-        yield Run(2 * u + r, None, scale, selectors=selectors, magnitudes=_magnitudes(grid, 4))
+        words = [w for e in (2 * r, 2 * r + 1) for w in _signed8(t, _byte(codes, e), _index7(packed, e), grid)]
+        yield Run(2 * u + r, words, scale)
 
 
 def _iq2_xs(t: Tile, u: Array, grid: np.ndarray) -> Iterator[Run]:
     # four uint16 of a 9-bit index and a 7-bit sign index
     both, d = t.code("scales", u), t.half("d", u >> 3) * 0.25
     for r in range(2):
-        selectors: list[Array] = []
+        words: list[Array] = []
         for e in (2 * r, 2 * r + 1):
             code = t.code("codes", 4 * u + e).astype(jnp.uint32)
-            selectors += _signed8(t, code & np.uint32(511), code >> np.uint32(9), grid)
-        yield Run(
-            2 * u + r, None, d * (_f((both >> 4 * r) & 15) + 0.5), selectors=selectors, magnitudes=_magnitudes(grid, 4)
-        )
+            words += _signed8(t, code & np.uint32(511), code >> np.uint32(9), grid)
+        yield Run(2 * u + r, words, d * (_f((both >> 4 * r) & 15) + 0.5))
 
 
 def _iq2_s(t: Tile, u: Array, grid: np.ndarray) -> Iterator[Run]:
@@ -370,13 +357,11 @@ def _iq2_s(t: Tile, u: Array, grid: np.ndarray) -> Iterator[Run]:
     high = t.code("codes_hi", u).astype(jnp.uint32)
     d = t.half("d", u >> 3) * 0.25
     for r in range(2):
-        selectors: list[Array] = []
+        words: list[Array] = []
         for e in (2 * r, 2 * r + 1):
             index = _byte(codes, e) | ((high >> np.uint32(2 * e)) & np.uint32(3)) << np.uint32(8)
-            selectors += _signed8(t, index, _byte(signs, e), grid)
-        yield Run(
-            2 * u + r, None, d * (_f((both >> 4 * r) & 15) + 0.5), selectors=selectors, magnitudes=_magnitudes(grid, 4)
-        )
+            words += _signed8(t, index, _byte(signs, e), grid)
+        yield Run(2 * u + r, words, d * (_f((both >> 4 * r) & 15) + 0.5))
 
 
 def _iq3_xxs(t: Tile, u: Array, grid: np.ndarray) -> Iterator[Run]:

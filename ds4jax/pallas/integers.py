@@ -29,14 +29,14 @@ from jax.experimental import pallas as pl
 
 from ds4jax.pallas import decode, matvec, tuned
 from ds4jax.pallas import lowering as lo
-from ds4jax.pallas.experts import MAX_TOKENS, Schedule, Stack, activation, combine, schedule
+from ds4jax.pallas.experts import MAX_TOKENS, Stack, activation, combine, schedule
 
 Array = jax.Array
 
 BLOCK = 256  # elements
-ROWS = 16  # of weights, in one instruction
-COLUMNS = 8  # in one instruction
-COPIES = 16  # of a codebook's table, see `lowering.share`
+ROWS, COLUMNS = lo.WARP_ROWS, lo.WARP_COLUMNS  # of one instruction
+COPIES = 32  # of a codebook's table, see `lowering.share`
+RUNS_UP_TO = 2  # assignments an expert, on average, up to which threads have runs of their own, where there is a choice
 _TOP = 127 * 256  # the largest whole number of two bytes of which the first does not pass 127
 
 
@@ -47,11 +47,6 @@ class Threads(NamedTuple):
     g: Array
     t: Array
 
-    @classmethod
-    def of(cls, warps: int) -> Threads:
-        lane = jnp.arange(32 * warps, dtype=jnp.int32)
-        return cls(lane >> 5, lane >> 2 & 7, lane & 3)
-
 
 # ---- formats ---------------------------------------------------------------------------------------------------------
 
@@ -61,11 +56,13 @@ class Format:
     """How rows of a format are read.
 
     order: int [products, 4], which of a span's neighbourhoods of 8 elements thread t has in a product; a span is what
-    they are together, one or two blocks. runs: whether each thread's elements are runs with scales of their own.
+    they are together, one or two blocks. runs: whether each thread's elements are runs with scales of their own. sums:
+    whether runs of 16 activations are summed, for minima.
     """
 
     order: np.ndarray
     runs: bool
+    sums: bool
 
     @property
     def blocks(self) -> int:
@@ -82,17 +79,21 @@ class Format:
 
 
 _p, _t = np.ogrid[:16, :4]
-FORMATS = {
-    # thread t has runs 4t … 4t + 3 of 16, of each the four entries of the codebook
-    "IQ2_XXS": Format(4 * (4 * _t + (_p >> 2)) + (_p & 3), runs=True),
+TOKENS = {
+    # product n is run n of 8, of which thread t has the t-th of four entries of the codebook
+    "IQ2_XXS": Format(4 * _p[:8] + _t, runs=False, sums=False),
     # thread t has the t-th (chunk, half) of a block, 16 bytes: in each of their four fields a run of 16 elements
-    "Q2_K": Format(16 * (_t >> 1) + 4 * (_p[:8] >> 1) + 2 * (_t & 1) + (_p[:8] & 1), runs=False),
+    "Q2_K": Format(16 * (_t >> 1) + 4 * (_p[:8] >> 1) + 2 * (_t & 1) + (_p[:8] & 1), runs=False, sums=True),
+}
+RUNS = {
+    # thread t has runs 4t … 4t + 3 of 16, of each the four entries of the codebook
+    "IQ2_XXS": Format(4 * (4 * _t + (_p >> 2)) + (_p & 3), runs=True, sums=False),
 }
 
 
 def _four(ref: Any, row: Array, place: Array, **kw: Any) -> list[Array]:
     """Entries place … place + 3 of a row, one for all threads or one for each: four [threads]."""
-    row = row[:, None] if row.ndim else row
+    row = row[:, None] if jnp.ndim(row) else row
     return lo.unstack4(lo.load(ref, (row, place[:, None] + jnp.arange(4, dtype=jnp.int32)), **kw))
 
 
@@ -131,24 +132,35 @@ class Table(NamedTuple):
     @classmethod
     def of(cls, ref: Any, warps: int) -> Table:
         first = _ENTRIES + 128 + 2 * (jnp.arange(32 * warps, dtype=jnp.int32) & 15)
-        return cls(lo.share(ref, warps, COPIES), [_word(lo.load(ref, (first + i,))) for i in range(2)])
+        return cls(lo.share(ref, warps, COPIES, _ENTRIES + 128), [_word(lo.load(ref, (first + i,))) for i in range(2)])
 
-    def entry(self, codes: Array, signs: Array, e: int) -> list[Array]:
+    def entry(self, codes: Array, signs: Array, e: int | Array) -> list[Array]:
         """The e-th of the four entries of words of IQ2_XXS: 8 signed bytes, two words."""
         pitch = self.selectors.pitch
 
-        def twin(codes, signs, base, plus, minus):
+        def twin(codes, signs, base, plus, minus, e=e):
             both = self.selectors.words[codes >> 8 * e & 255] | self.selectors.words[_ENTRIES + (signs >> 7 * e & 127)]
             return [lo.pick(plus, minus, both & 0xFFFF), lo.pick(plus, minus, both >> 16 & 0xFFFF)]
 
+        args, selector, shift, prepare = [codes, signs, self.selectors.base, *self.values], "", "", ""
+        if isinstance(e, int):
+            selector, shift = 0x4440 + e, 7 * e
+        else:
+            args.append(e)
+            selector, shift, prepare = "c", "s", f"add.u32 c, $7, {0x4440}; mul.lo.u32 s, $7, 7;"
         code = f"""{{
-            .reg .b32 c, s;
-            prmt.b32 c, $2, 0, {0x4440 + e}; mad.lo.u32 c, c, {pitch}, $4; ld.shared.b32 c, [c];
-            shr.u32 s, $3, {7 * e}; and.b32 s, s, 127; mad.lo.u32 s, s, {pitch}, $4;
+            .reg .b32 c, s; {prepare}
+            prmt.b32 c, $2, 0, {selector}; mad.lo.u32 c, c, {pitch}, $4; ld.shared.b32 c, [c];
+            shr.u32 s, $3, {shift}; and.b32 s, s, 127; mad.lo.u32 s, s, {pitch}, $4;
             ld.shared.b32 s, [s + {_ENTRIES * pitch}];
             or.b32 c, c, s; shr.u32 s, c, 16; prmt.b32 $0, $5, $6, c; prmt.b32 $1, $5, $6, s;
         }}"""
-        return lo.instructions(code, _words([codes, signs, self.selectors.base, *self.values]), [jnp.int32] * 2, twin)
+        return lo.instructions(code, _words(args), [jnp.int32] * 2, twin)
+
+
+def _doubled_scale(signs: Array) -> Array:
+    """Twice the four bits of a scale above the signs and a half."""
+    return _word(signs >> np.uint32(27) | np.uint32(1))
 
 
 def _word(x: Array) -> Array:
@@ -168,8 +180,8 @@ class Digits(NamedTuple):
     words: int32 [rows, spans, products/2, 4, 2, 2, 2]: of products 2p and 2p + 1 and of thread t, the first bytes of
     either's two words, and the second bytes.
     scale: float32 [rows, blocks], NaN for a block that holds NaN or infinity.
-    sums: int32 [rows, blocks, 4, 2, 2], or None where a format's runs have scales: of thread t of Q2_K and of either
-    byte the sums of its four runs of 16, each in two bytes: in the first word modulo 16, from -8 on, in the second what
+    sums: int32 [rows, blocks, 4, 2, 2], or None where a format has no minima: of thread t of Q2_K and of either byte
+    the sums of its four runs of 16, each in two bytes: in the first word modulo 16, from -8 on, in the second what
     is left, sixteenths.
     """
 
@@ -216,10 +228,10 @@ def split(x: Array, how: Format, blocks: int) -> Digits:
 
     shapes = [((rows, 128 * blocks), jnp.int32), ((rows, blocks), jnp.float32), ((rows, 16 * blocks), jnp.int32)]
     out = lo.call(
-        kernel, [jax.ShapeDtypeStruct(*s) for s in (shapes[:2] if how.runs else shapes)], x, at_,
+        kernel, [jax.ShapeDtypeStruct(*s) for s in (shapes if how.sums else shapes[:2])], x, at_,
         grid=(rows, -(-blocks // width)), tuning=lo.Tuning(warps=4, stages=1), name="split_blocks",
     )  # fmt: skip
-    return Digits(out[0], out[1], None if how.runs else out[2])
+    return Digits(out[0], out[1], out[2] if how.sums else None)
 
 
 def _pack(digit: Array) -> Array:
@@ -234,10 +246,13 @@ def _pack(digit: Array) -> Array:
 class Work:
     """What a program multiplies.
 
-    tiles: of every stack the thread's rows g and g + 8. digits: refs of `Digits`. first, steps: the spans that the
-    thread takes. last: the weights' last block; activations behind it are zeros.
+    format, how: of the weights, and how they are read. tiles: of every stack the thread's rows g and g + 8. digits:
+    refs of `Digits`. first, steps: the spans that the thread takes. last: the weights' last block; activations behind
+    it are zeros. ahead: as `Tuning.ahead`.
     """
 
+    format: str
+    how: Format
     tiles: list[tuple[decode.Tile, decode.Tile]]
     threads: Threads
     table: Table | None
@@ -245,12 +260,13 @@ class Work:
     first: Array
     steps: int
     last: int
+    ahead: int
 
     def products(self, width: int, row: Callable[[Any], Array]) -> list[list[list[list[Array]]]]:
         """With rows row(0) … row(width - 1) of activations: for every stack, for every 4 of them (or 8, where the
         format's scales are in its bytes), float32 [threads] of the weights' rows g and g + 8, of row t of the 4 (rows
         2t and 2t + 1 of the 8): [stacks][columns][rows of activations][2]."""
-        return (_by_runs if self.table is not None else _by_tokens)(self, width, row)
+        return (_by_runs if self.how.runs else _by_tokens)(self, width, row)
 
 
 def mine(width: int, t: Array, runs: bool) -> list[list[Array]]:
@@ -294,15 +310,23 @@ def _by_runs(work: Work, width: int, row: Callable[[Any], Array]) -> list[list[l
     own = jnp.broadcast_to((g >> 1 == t)[:, None], (*t.shape, 4))
     zero, nothing = jnp.zeros(t.shape, jnp.int32), jnp.zeros(t.shape, jnp.float32)
 
-    def body(i, totals):
+    def fetch(i):
+        block = 2 * (work.first + i) + (t >> 1)
+        at = 8 * jnp.minimum(block, work.last) + 4 * (t & 1)
+        return [
+            [[_four(half.refs[name], half.rows, at, stream=True) for half in tile] for tile in work.tiles]
+            for name in ("codes", "signs")
+        ]
+
+    def body(i, carry):
+        loaded, totals = carry
+        codes, signs = loaded or fetch(i)
+        if loaded:
+            loaded = fetch(jnp.minimum(i + 1, work.steps - 1))
+            lo.loads_first()
         span = work.first + i
         block = 2 * span + (t >> 1)
         here = jnp.minimum(block, work.last)
-        at = 8 * here + 4 * (t & 1)
-        codes, signs = (
-            [[_four(half.refs[name], half.rows, at, stream=True) for half in tile] for tile in work.tiles]
-            for name in ("codes", "signs")
-        )
         sums = [[[zero] * 4 for _ in rows] for _ in work.tiles]
         for r in range(4):
             place = 256 * span + 64 * r + 8 * t + 4 * (g & 1)
@@ -311,12 +335,9 @@ def _by_runs(work: Work, width: int, row: Callable[[Any], Array]) -> list[list[l
                 eight = [w for q in range(2) for w in _four(words_ref, x, place + 32 * q, mask=own)]
                 b.append([eight[j : j + 2] for j in range(0, 8, 2)])
             for m in range(len(work.tiles)):
-                entries = [
-                    [work.table.entry(codes[m][h][r], signs[m][h][r], e) for h in range(2)] for e in range(4)
-                ]
+                entries = [[work.table.entry(codes[m][h][r], signs[m][h][r], e) for h in range(2)] for e in range(4)]
                 a = [[its[h][i] for i in range(2) for h in range(2)] for its in entries]
-                # twice the scale's four bits and a half
-                scales = tuple(_word(signs[m][h][r] >> np.uint32(27) | np.uint32(1)) for h in range(2))
+                scales = [_doubled_scale(signs[m][h][r]) for h in range(2)]
                 for n in range(width):
                     sums[m][n] = _run_product(a, b[n], scales, sums[m][n])
         for m, tile in enumerate(work.tiles):
@@ -327,9 +348,10 @@ def _by_runs(work: Work, width: int, row: Callable[[Any], Array]) -> list[list[l
                 for h in range(2):
                     y = (f[2 * h] * 256.0 + f[2 * h + 1]) * d[h]
                     totals[m][n][h] = lo.fma(y, scale, totals[m][n][h])
-        return totals
+        return loaded, totals
 
-    totals = lo.loop(work.steps, body, [[[nothing] * 2 for _ in rows] for _ in work.tiles])
+    first = fetch(0) if work.ahead and work.steps > 1 else []
+    _, totals = lo.loop(work.steps, body, (first, [[[nothing] * 2 for _ in rows] for _ in work.tiles]))
     return [[_of_thread(its[n : n + 4], t) for n in range(0, width, 4)] for its in totals]
 
 
@@ -345,19 +367,34 @@ def _of_thread(its: list[list[Array]], t: Array) -> list[list[Array]]:
     return [out]
 
 
-def _token_product(a: list[Array], b: list[list[Array]], sums: list[Array]) -> list[Array]:
-    """sums + a · b of unsigned a, for every b: int32, four of each."""
-    N = len(b)
+def _token_product(
+    a: list[Array], b: list[list[Array]], scales: list[Array] | None, sums: list[Array]
+) -> list[Array]:  # fmt: skip
+    """sums + a · b of unsigned a, or sums + scales · (a · b) of signed a, for every b: int32, four of each."""
+    N, scales = len(b), scales or []
 
     def twin(*args):
-        a, b, sums = args[:4], args[4 : 4 + 2 * N], args[4 + 2 * N :]
-        return [y for i in range(N) for y in lo.bytes_product(a, b[2 * i : 2 * i + 2], sums[4 * i : 4 * i + 4], True)]
+        a, b, scales, sums = args[:4], args[4 : 4 + 2 * N], args[4 + 2 * N : -4 * N], args[-4 * N :]
+        out = []
+        for i in range(N):
+            zeros = [jnp.zeros_like(s) for s in sums[:4]]
+            c = lo.bytes_product(a, b[2 * i : 2 * i + 2], zeros, unsigned=not scales)
+            c = [y * scales[j >> 1] for j, y in enumerate(c)] if scales else c
+            out += [s + y for s, y in zip(sums[4 * i : 4 * i + 4], c, strict=True)]
+        return out
 
-    arg, code = [f"${4 * N + i}" for i in range(4 + 6 * N)], ""
+    args = [*a, *sum(b, []), *scales, *sums]
+    arg, code = [f"${4 * N + i}" for i in range(len(args))], "{ .reg .b32 c0, c1, c2, c3, z; mov.b32 z, 0;"
     for i in range(N):
-        out = [f"${4 * i + j}" for j in range(4)]
-        code += _mma(out, arg[:4], arg[4 + 2 * i : 6 + 2 * i], arg[4 + 2 * N + 4 * i : 8 + 2 * N + 4 * i], True)
-    return lo.instructions(code, _words([*a, *sum(b, []), *sums]), [jnp.int32] * (4 * N), twin)
+        out, its = [f"${4 * i + j}" for j in range(4)], arg[-4 * N + 4 * i :][:4]
+        b_i = arg[4 + 2 * i : 6 + 2 * i]
+        if not scales:
+            code += _mma(out, arg[:4], b_i, its, True)
+            continue
+        c = ["c0", "c1", "c2", "c3"]
+        code += _mma(c, arg[:4], b_i, ["z"] * 4, False)
+        code += "".join(f"mad.lo.s32 {out[j]}, {c[j]}, {arg[4 + 2 * N + (j >> 1)]}, {its[j]};" for j in range(4))
+    return lo.instructions(code + "}", _words(args), [jnp.int32] * (4 * N), twin)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -387,10 +424,11 @@ class _Columns:
             four = _four(sums_ref, self.load, place)
             return [four[:2], four[2:]]
         two = (place + 2 * self.digit)[:, None] + jnp.arange(2, dtype=jnp.int32)
-        return [lo.unstack(lo.load(sums_ref, (self.load[:, None], two)))]
+        row = self.load[:, None] if jnp.ndim(self.load) else self.load
+        return [lo.unstack(lo.load(sums_ref, (row, two)))]
 
-    def zeros(self) -> list[Array]:
-        return [jnp.zeros(self.load.shape, jnp.int32)] * (4 * self.count)
+    def zeros(self, t: Array) -> list[Array]:
+        return [jnp.zeros(t.shape, jnp.int32)] * (4 * self.count)
 
     def numbers(self, sums: list[Array]) -> list[list[Array]]:
         """Sums of either byte → float32 of both: of each row of activations, rows g and g + 8."""
@@ -400,9 +438,29 @@ class _Columns:
         return [[f[2 * h] * 256.0 + f[2 * h + 1] for h in range(2)]]
 
 
-def _q2_k(tile: decode.Tile, block: Array, t: Array) -> tuple[list[list[Array]], list[Array]]:
-    """A thread's part of a block in one row: of the 8 products two words of four bytes, codes times scales; and its
-    runs' minima, a word of them and one of sixteen times them."""
+class _Part(NamedTuple):
+    """A thread's part of a block in one row: of the 8 products two words of four bytes, and a scale of each or None
+    where the bytes have it; None or a word of its runs' minima and one of sixteen times them; float32 factors of the
+    sums and of the minima's."""
+
+    words: list[list[Array]]
+    scales: list[Array] | None
+    least: list[Array] | None
+    d: Array
+    dmin: Array | None
+
+
+def _iq2_xxs(tile: decode.Tile, block: Array, t: Array, table: Table) -> _Part:
+    codes, signs = (
+        [w for half in range(2) for w in _four(tile.refs[name], tile.rows, 8 * block + 4 * half, stream=True)]
+        for name in ("codes", "signs")
+    )
+    words = [table.entry(c, s, t) for c, s in zip(codes, signs, strict=True)]
+    return _Part(words, [_doubled_scale(s) for s in signs], None, 0.125 * _half(tile, "d", block), None)
+
+
+def _q2_k(tile: decode.Tile, block: Array, t: Array, table: None) -> _Part:
+    del table
     codes = _four(tile.refs["codes"], tile.rows, 16 * block + 4 * t, stream=True)
     place = (16 * block + 8 * (t >> 1))[:, None] + jnp.arange(8, dtype=jnp.int32)
     eight = lo.unstack(lo.words_of_bytes(lo.load(tile.refs["scales"], (tile.rows[:, None], place))))
@@ -412,12 +470,16 @@ def _q2_k(tile: decode.Tile, block: Array, t: Array) -> tuple[list[list[Array]],
         scale = both >> np.uint32(8 * s) & np.uint32(15)
         four = [(code >> np.uint32(2 * s) & np.uint32(0x03030303)) * scale for code in codes]
         words += [four[:2], four[2:]]
-    return words, [both >> np.uint32(4) & np.uint32(0x0F0F0F0F), both & np.uint32(0xF0F0F0F0)]
+    least = [both >> np.uint32(4) & np.uint32(0x0F0F0F0F), both & np.uint32(0xF0F0F0F0)]
+    return _Part(words, None, least, _half(tile, "d", block), _half(tile, "dmin", block))
+
+
+_READ = {"IQ2_XXS": _iq2_xxs, "Q2_K": _q2_k}
 
 
 def _by_tokens(work: Work, width: int, row: Callable[[Any], Array]) -> list[list[list[list[Array]]]]:
     g, t = work.threads.g, work.threads.t
-    words_ref, scale_ref, sums_ref = work.digits
+    words_ref, scale_ref, *sums_ref = work.digits
     if width <= COLUMNS // 2:
         columns = [_Columns(row(g >> 1), g & 1)]
     else:
@@ -428,25 +490,28 @@ def _by_tokens(work: Work, width: int, row: Callable[[Any], Array]) -> list[list
     def body(i, totals):
         block = work.first + i
         here = jnp.minimum(block, work.last)
-        weights = [[_q2_k(half, here, t) for half in tile] for tile in work.tiles]
-        sums = [[c.zeros() for c in columns] for _ in work.tiles]
+        tiles = [[_READ[work.format](half, here, t, work.table) for half in tile] for tile in work.tiles]
+        sums = [[c.zeros(t) for c in columns] for _ in tiles]
         for p in range(4):
             for c, its in enumerate(columns):
                 for n, b in zip((2 * p, 2 * p + 1), its.pair(words_ref, block, p, t), strict=True):
-                    for m, halves in enumerate(weights):
-                        a = [words[n][i] for i in range(2) for words, _ in halves]
-                        sums[m][c] = _token_product(a, b, sums[m][c])
+                    for m, halves in enumerate(tiles):
+                        a = [half.words[n][i] for i in range(2) for half in halves]
+                        scales = halves[0].scales and [half.scales[n] for half in halves]
+                        sums[m][c] = _token_product(a, b, scales, sums[m][c])
         for c, its in enumerate(columns):
             scales = [lo.load(scale_ref, (x, block)) for x in rows[c]]
-            b = its.sums(sums_ref, block, t)
-            for m, halves in enumerate(weights):
+            b = its.sums(sums_ref[0], block, t) if sums_ref else None
+            for m, halves in enumerate(tiles):
                 numbers = its.numbers(sums[m][c])
-                a = [least[i] for i in range(2) for _, least in halves]
-                least = its.numbers(_token_product(a, b, its.zeros()))
-                for h, half in enumerate(work.tiles[m]):
-                    d, dmin = (_half(half, name, here) for name in ("d", "dmin"))
-                    for e, scale in enumerate(scales):
-                        y = lo.fma(-least[e][h], dmin, numbers[e][h] * d)
+                if b is not None:
+                    a = [half.least[i] for i in range(2) for half in halves]
+                    least = its.numbers(_token_product(a, b, None, its.zeros(t)))
+                for e, scale in enumerate(scales):
+                    for h, half in enumerate(halves):
+                        y = numbers[e][h] * half.d
+                        if b is not None:
+                            y = lo.fma(-least[e][h], half.dmin, y)
                         totals[m][c][e][h] = lo.fma(y, scale, totals[m][c][e][h])
         return totals
 
@@ -458,13 +523,7 @@ def _by_tokens(work: Work, width: int, row: Callable[[Any], Array]) -> list[list
 
 def serves(format: str, dtype: Any) -> bool:
     """Whether these kernels take stacks of `format` and activations of `dtype`."""
-    return format in FORMATS and np.dtype(dtype) == jnp.bfloat16
-
-
-def _each(ids: Array, experts: int) -> Schedule:
-    """Every assignment a tile of its own."""
-    n = jnp.arange(ids.size, dtype=jnp.int32)
-    return Schedule(n, jnp.clip(ids.reshape(-1), 0, experts - 1), n, jnp.ones_like(n))
+    return format in TOKENS and np.dtype(dtype) == jnp.bfloat16
 
 
 def _by_width(least: int, most: int, count: Array, body: Callable[[int], None]) -> None:
@@ -477,7 +536,7 @@ def _by_width(least: int, most: int, count: Array, body: Callable[[int], None]) 
 
 def _experts(
     name: str, x: Array, stacks: list[Stack], ids: Array, more: list[Array], dtype: Any, tuning: lo.Tuning | None,
-    source: Callable[[Array], Array], finish: Callable[..., Array],
+    source: Callable[[Any], Any], finish: Callable[..., Array],
 ) -> Array:  # fmt: skip
     """Every assignment's products with its expert's rows of `stacks`: [T·k, out] of `dtype`.
 
@@ -489,53 +548,66 @@ def _experts(
         if not serves(stack.format, x.dtype) or stack.format != first.format or K % BLOCK:
             formats = " and ".join(stack.format for stack in stacks)
             raise NotImplementedError(f"no integer products of {formats}, rows of {K}, with {x.dtype}")
-    tuning = tuning or tuned.lookup("integers_few" if few else "integers", first.format, out, K)
-    how, W, parts = FORMATS[first.format], tuning.warps, tuning.parts
+    how = TOKENS[first.format]
+    if few or N <= experts * RUNS_UP_TO:
+        how = RUNS.get(first.format, how)
+    operation = "integers_few" if few else "integers_runs" if how.runs else "integers"
+    tuning = tuning or tuned.lookup(operation, first.format, out, K)
+    W, parts = tuning.warps, tuning.parts
     least = 1 if how.runs else COLUMNS // 2
     M = least if few else max(least, min(tuning.tokens, lo.power_of_two(N)))
     blocks, rows = K // BLOCK, ROWS * W // parts
     steps = -(-blocks // (parts * how.blocks))
     digits = [a for a in split(x, how, steps * parts * how.blocks) if a is not None]
-    book = [jnp.asarray(table(first.codebook))] if how.runs else []
+    book = [] if first.codebook is None else [jnp.asarray(table(first.codebook))]
+    plan = [ids.reshape(-1)] if few else schedule(ids, experts, M)
     packed = [p for stack in stacks for p in matvec.flat_parts(stack.parts)[1]]
 
     def kernel(*refs):
         refs, out_ref = list(refs[:-1]), refs[-1]
         take = lambda n: [refs.pop(0) for _ in range(n)]  # noqa: E731
-        more_refs, (order_ref, expert_ref, start_ref, count_ref), x_refs = take(len(more)), take(4), take(len(digits))
+        more_refs, plan_refs, x_refs = take(len(more)), take(len(plan)), take(len(digits))
         lookup = Table.of(refs.pop(0), W) if book else None
         named = [dict(zip(stack.parts, take(len(stack.parts)), strict=True)) for stack in stacks]
-        i, threads, base = pl.program_id(1), Threads.of(W), pl.program_id(0) * rows
-        start, used = start_ref[i], count_ref[i]
+        i, threads, base = pl.program_id(1), Threads(*lo.warp_lanes(W)), pl.program_id(0) * rows
+        if few:  # here, because a launch of its own takes as long as routing
+            expert = jnp.clip(plan_refs[0][i], 0, experts - 1)
+        else:
+            order_ref, expert, start, used = plan_refs[0], *(ref[i] for ref in plan_refs[1:])
 
         def run(width):
             def assignment(place):
+                if few:
+                    return i
                 place = start + jnp.minimum(place, used - 1)
-                return lo.load(order_ref, (place,)) if place.ndim else order_ref[place]
+                return lo.load(order_ref, (place,)) if jnp.ndim(place) else order_ref[place]
 
             row = base + ROWS * (threads.warp % (W // parts)) + threads.g
-            at = [expert_ref[i] * out + jnp.minimum(row + 8 * h, out - 1) for h in range(2)]
+            at = [expert * out + jnp.minimum(row + 8 * h, out - 1) for h in range(2)]
             work = Work(
-                [tuple(decode.Tile(its, r) for r in at) for its in named], threads, lookup, x_refs,
-                threads.warp // (W // parts) * steps, steps, blocks - 1,
+                first.format, how, [tuple(decode.Tile(its, r) for r in at) for its in named], threads, lookup, x_refs,
+                threads.warp // (W // parts) * steps, steps, blocks - 1, tuning.ahead,
             )  # fmt: skip
             sums = work.products(width, lambda place: source(assignment(place)))
-            those = Threads.of(W // parts)
+            those = Threads(*lo.warp_lanes(W // parts))
             row = base + ROWS * those.warp + those.g
             for c, places in enumerate(mine(width, those.t, how.runs)):
                 for e, place in enumerate(places):
                     n = assignment(place)
                     for h in range(2):
                         y = finish(n, more_refs, *(_over_parts(its[c][e][h], parts) for its in sums))
-                        inside = (row + 8 * h < out) & (place < jnp.minimum(used, width))
+                        inside = (row + 8 * h < out) & (place < (1 if few else used))
                         lo.store(out_ref, (n, row + 8 * h), y, mask=inside)
 
-        _by_width(least, M, used, run)
+        if few:
+            run(1)
+        else:
+            _by_width(least, M, used, run)
 
-    plan = _each(ids, experts) if few else schedule(ids, experts, M)
     return lo.call(
         kernel, jax.ShapeDtypeStruct((N, out), dtype), *more, *plan, *digits, *book, *packed,
-        grid=(-(-out // rows), plan.expert.shape[0]), tuning=tuning, name=f"integers_{name}_{first.format.lower()}",
+        grid=(-(-out // rows), N if few else len(plan.expert)), tuning=tuning,
+        name=f"integers_{name}_{first.format.lower()}",
     )  # fmt: skip
 
 

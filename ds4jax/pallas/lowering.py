@@ -356,11 +356,6 @@ def halves_of_bytes(x: Array) -> tuple[Array, Array]:
     return tuple(_asm("add.rn.f16x2 $0, $1, $2;", (p, bias)) for p in pairs)
 
 
-def halves_of_high_bytes(x: Array) -> tuple[Array, Array]:
-    """The four bytes of each word as the high bytes of two pairs of float16, whose low bytes are 0."""
-    return tuple(_bits(pick(jnp.zeros_like(_bits(x)), x, selector)) for selector in (0x5140, 0x7362))
-
-
 def warp_product(a: Sequence[Array], b: Sequence[Array], c: Sequence[Array]) -> list[Array]:
     """Tensor cores' product of a warp: c + a · b, a 16 × 16 and b 16 × 8 of float16, c 16 × 8 of float32.
 
@@ -425,6 +420,15 @@ def _give_all_results() -> None:
     rules.triton_lowering_rules[asm] = flat
 
 
+WARP_ROWS, WARP_COLUMNS = 16, 8  # of a warp's product
+
+
+def warp_lanes(warps: int) -> tuple[Array, Array, Array]:
+    """A program's threads, numbered 4·g + t within their warp: warp, g and t, int32 [32 · warps] each."""
+    lane = jnp.arange(32 * warps, dtype=jnp.int32)
+    return lane >> 5, lane >> 2 & 7, lane & 3
+
+
 BYTES_PRODUCT = "mma.sync.aligned.m16n8k32.row.col.s32.{0}8.s8.s32"
 """Tensor cores' product of a warp, of 16 × 32 (signed or, with "u", unsigned) bytes and 32 × 8 signed ones."""
 
@@ -468,10 +472,10 @@ class SharedWords:
     pitch: int
 
 
-def share(table: Any, warps: int, copies: int) -> SharedWords:
-    """The words [N] of a ref, copied to shared memory, `copies` times side by side: threads that look up different
-    entries at once mostly find them in different banks. N a multiple of 32; 4 · N · copies at most 48 KiB."""
-    (count,), threads = table.shape, 32 * warps
+def share(table: Any, warps: int, copies: int, count: int) -> SharedWords:
+    """The first `count` words of a ref, copied to shared memory, `copies` times side by side: threads that look up
+    different entries at once mostly find them in different banks. 4 · count · copies at most 48 KiB."""
+    threads = 32 * warps
     lane = jnp.arange(threads, dtype=jnp.int32)
     if interpreting():
         return SharedWords(jnp.zeros_like(lane), table[...], 4 * copies)

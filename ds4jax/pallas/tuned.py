@@ -25,9 +25,9 @@ _DEFAULT = {
     "down": Tuning(rows=4, units=32, warps=1),
     "bytes": Tuning(rows=4, units=32, warps=1, tokens=4),
     # few: enough warps to fill a device with six experts' rows
-    "integers_few": Tuning(warps=8, stages=1, parts=4),
-    "integers": Tuning(warps=8, stages=1, tokens=16),
-    "warps": Tuning(rows=16, warps=1, stages=1, tokens=16, ahead=1),
+    "integers_few": Tuning(warps=4, stages=1, parts=4),
+    "integers_runs": Tuning(warps=4, stages=1, tokens=2),
+    "integers": Tuning(warps=4, stages=1, tokens=8),
     # three stages: of activations, too, a step's are on their way while the last one's are multiplied
     "dense": Tuning(rows=64, warps=4, stages=3, tokens=64, ahead=1),
     "grouped": Tuning(rows=64, warps=4, stages=3, tokens=64, ahead=1),
@@ -35,6 +35,7 @@ _DEFAULT = {
 _STEP = 128  # elements of a row that a tensor-core kernel decodes at a time
 
 BYTES_UP_TO = 8  # assignments an expert, on average, up to which a batch's experts go by byte products
+INTEGERS_UP_TO = 24  # the same, of products on integer tensor cores
 
 
 @functools.cache
@@ -79,12 +80,27 @@ def matvec(format: str, N: int, out: int, K: int) -> Tuning:
     return dataclasses.replace(t, rows=rows)
 
 
+def fragments(N: int, out: int, matrices: int, steps: int) -> Tuning:
+    """For N rows of activations and `matrices` of [out, steps · …]: enough programs to fill a device, by cutting the
+    input into parts."""
+    rows, want = (16, 512) if N <= 32 else (32, 256)
+    programs, parts = -(-out // (4 * rows)) * matrices, 1
+    while programs * parts < want and parts < 16 and steps % (2 * parts) == 0:
+        parts *= 2
+    return Tuning(rows=rows, warps=4, stages=1, parts=parts)
+
+
 def grouped(format: str, out: int, K: int, assignments: int, experts: int) -> Tuning:
     """As `lookup`, with tiles of tokens no longer than an expert's mean run, rounded up; at least the 64 rows that one
     instruction of Hopper's multiplies."""
     t = lookup("grouped", format, out, K)
     mean = max(1, assignments // experts)
     return dataclasses.replace(t, tokens=min(t.tokens, max(64, power_of_two(mean))))
+
+
+def by_integers(assignments: int, experts: int) -> bool:
+    """Whether experts go by integer tensor cores, where a format can."""
+    return assignments <= experts * INTEGERS_UP_TO
 
 
 def by_bytes(format: str, assignments: int, experts: int) -> bool:

@@ -25,7 +25,7 @@ from jax import lax
 
 from ds4jax.errors import DS4Error
 from ds4jax.pallas import experts as few
-from ds4jax.pallas import lowering, matrix, tuned
+from ds4jax.pallas import integers, lowering, matrix, tuned
 from ds4jax.quant import api
 from ds4jax.quant.array import QuantizedArray
 from ds4jax.quant.decode import dequantize
@@ -359,12 +359,20 @@ def _stack(w: QuantizedArray) -> few.Stack:
     return few.Stack(w.parts, w.format, codebook(w.format))
 
 
+def _by_integers(x: jax.Array, ids: jax.Array, *stacks: QuantizedArray) -> bool:
+    """Whether integer tensor cores serve the call and are the fastest."""
+    served = len({w.format for w in stacks}) == 1 and integers.serves(stacks[0].format, x.dtype)
+    return served and tuned.by_integers(ids.size, stacks[0].shape[0])
+
+
 def _by_bytes(w: QuantizedArray, ids: jax.Array) -> bool:
     return tuned.by_bytes(w.format, ids.size, w.shape[0])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _kernel_swiglu(x, gate, up, ids, weights, limit):
+    if _by_integers(x, ids, gate, up):
+        return integers.swiglu(x, _stack(gate), _stack(up), _existing(ids, gate), weights, limit)
     if x.shape[0] <= few.MAX_TOKENS:
         return few.swiglu(x, _stack(gate), _stack(up), ids, weights, limit)
     run = few.grouped_swiglu if _by_bytes(gate, ids) else matrix.grouped_swiglu
@@ -380,6 +388,8 @@ _kernel_swiglu.defvjp(_kernel_swiglu_fwd, _swiglu_bwd)
 
 @jax.custom_vjp
 def _kernel_down(h, down, ids):
+    if _by_integers(h, ids, down):
+        return integers.down(h, _stack(down), _existing(ids, down))
     if h.shape[0] <= few.MAX_TOKENS:
         return few.down(h, _stack(down), ids)
     run = few.grouped_down if _by_bytes(down, ids) else matrix.grouped_down

@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 
 from ds4jax.errors import DS4Error
-from ds4jax.pallas import direct, lowering, matrix, matvec
+from ds4jax.pallas import direct, fragments, lowering, matrix, matvec
 from ds4jax.quant import api
 from ds4jax.quant.array import QuantizedArray
 from ds4jax.quant.decode import dequantize, grid, iq4_values
@@ -202,6 +202,8 @@ def _kernel(x: jax.Array, w: QuantizedArray, out_dtype: Any) -> jax.Array:
     # x as in `_packed`
     if x.shape[0] <= matvec.MAX_ROWS:
         return matvec.matvec(x, w.parts, w.format, out_dtype, codebook(w.format))
+    with contextlib.suppress(NotImplementedError):
+        return fragments.matmul(x, w.parts, w.format, out_dtype, codebook(w.format))
     return matrix.matmul(x, w.parts, w.format, out_dtype, codebook(w.format))
 
 
