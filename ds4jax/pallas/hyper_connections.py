@@ -3,7 +3,7 @@
 The first kernel spreads the [(2+S)·S, S·D] product over the device: a program has one of its outputs and one stream,
 so that what is left to add up are S numbers. In the second one program a row makes the sublayer's input while another
 makes `post` and the Sinkhorn iterations of `comb`, whose sixteen numbers stay in registers; of many rows a third launch
-makes these, a thread a row.
+makes these, a thread a row, and of a few, too: they are needed last, and take longest.
 """
 
 from __future__ import annotations
@@ -71,7 +71,17 @@ def finish(
     base, scale = base.astype(jnp.float32), scale.astype(jnp.float32)
     first = [jax.ShapeDtypeStruct((R, D), streams.dtype), jax.ShapeDtypeStruct((R, S), jnp.float32)]
     second = [jax.ShapeDtypeStruct((R, n), jnp.float32) for n in (S, S * S)]
-    if squares is None:
+    if squares is None and R <= BLOCK:
+        # two launches side by side: what folds the result back is not waited for by what comes next
+        x, pre = lo.call(
+            _collapse(S, D, hc_eps, rms_eps), first, parts, rows, base, scale, weight, grid=(R,), tuning=tuning,
+            name="hyper_enter",
+        )  # fmt: skip
+        post, comb = lo.call(
+            _place(*rules), second, parts, base, scale, grid=(R,), tuning=lo.Tuning(warps=1, stages=1),
+            name="hyper_place",
+        )  # fmt: skip
+    elif squares is None:
         x, pre, post, comb = lo.call(
             _finish(*rules), first + second, parts, rows, base, scale, weight, grid=(R, 2), tuning=tuning,
             name="hyper_enter",
@@ -120,16 +130,17 @@ def _logits(total: Callable[[int], Array], S: int, D: int, scale_ref: Any, base_
     return lambda n: total(n) * inverse * scale_ref[min(n // S, 2)] + base_ref[n]
 
 
+def _in_parts(parts_ref: Any, r: Any) -> Callable[[int], Array]:
+    """The function of n that adds up product n of row r, or at COUNT the sum of its squares, given in four parts."""
+    return lambda n: (parts_ref[r, 0, n] + parts_ref[r, 1, n]) + (parts_ref[r, 2, n] + parts_ref[r, 3, n])
+
+
 def _finish(S: int, D: int, iterations: int, hc_eps: float, rms_eps: float):
     """Both halves of a row, its products and the sum of its squares given in four parts."""
 
     def kernel(parts_ref, x_ref, base_ref, scale_ref, weight_ref, out_ref, pre_ref, post_ref, comb_ref):
         r, part = pl.program_id(0), pl.program_id(1)
-
-        def total(n: int) -> Array:
-            return (parts_ref[r, 0, n] + parts_ref[r, 1, n]) + (parts_ref[r, 2, n] + parts_ref[r, 3, n])
-
-        logit = _logits(total, S, D, scale_ref, base_ref, rms_eps)
+        logit = _logits(_in_parts(parts_ref, r), S, D, scale_ref, base_ref, rms_eps)
 
         @pl.when(part == 0)
         def _():
@@ -137,23 +148,33 @@ def _finish(S: int, D: int, iterations: int, hc_eps: float, rms_eps: float):
 
         @pl.when(part == 1)
         def _():
-            post, comb = _placed(logit, S, iterations, hc_eps)
-            for s, value in enumerate(post):
-                post_ref[r, s] = value
-            for n, value in enumerate(comb):
-                comb_ref[r, n] = value
+            _store_placed(r, logit, S, iterations, hc_eps, post_ref, comb_ref)
 
     return kernel
 
 
 def _collapse(S: int, D: int, hc_eps: float, rms_eps: float):
-    """A row's first half, given its products whole."""
+    """A row's first half, given its products whole, and squares, or in four parts."""
 
-    def kernel(parts_ref, squares_ref, x_ref, base_ref, scale_ref, weight_ref, out_ref, pre_ref):
+    def kernel(parts_ref, *refs):
+        *squares_ref, x_ref, base_ref, scale_ref, weight_ref, out_ref, pre_ref = refs
         r = pl.program_id(0)
-        total = lambda n: parts_ref[r, 0, n] if n < COUNT else squares_ref[r]  # noqa: E731
+        total = _in_parts(parts_ref, r)
+        if squares_ref:
+            total = lambda n: parts_ref[r, 0, n] if n < COUNT else squares_ref[0][r]  # noqa: E731
         logit = _logits(total, S, D, scale_ref, base_ref, rms_eps)
         _collapsed(r, logit, S, D, hc_eps, rms_eps, x_ref, weight_ref, out_ref, pre_ref)
+
+    return kernel
+
+
+def _place(S: int, D: int, iterations: int, hc_eps: float, rms_eps: float):
+    """A row's second half, given its products in four parts."""
+
+    def kernel(parts_ref, base_ref, scale_ref, post_ref, comb_ref):
+        r = pl.program_id(0)
+        logit = _logits(_in_parts(parts_ref, r), S, D, scale_ref, base_ref, rms_eps)
+        _store_placed(r, logit, S, iterations, hc_eps, post_ref, comb_ref)
 
     return kernel
 
@@ -187,6 +208,14 @@ def _collapsed(r, logit, S: int, D: int, hc_eps: float, rms_eps: float, x_ref, w
     x = x.astype(out_ref.dtype).astype(jnp.float32)  # the sublayer's input is rounded before its norm
     norm = lax.rsqrt(jnp.sum(x * x) / D + rms_eps)
     lo.store(out_ref, (r, d), x * norm * lo.load(weight_ref, (d,)).astype(jnp.float32))
+
+
+def _store_placed(r, logit, S: int, iterations: int, hc_eps: float, post_ref, comb_ref) -> None:
+    post, comb = _placed(logit, S, iterations, hc_eps)
+    for s, value in enumerate(post):
+        post_ref[r, s] = value
+    for n, value in enumerate(comb):
+        comb_ref[r, n] = value
 
 
 def _placed(logit, S: int, iterations: int, hc_eps: float) -> tuple[list[Array], tuple[Array, ...]]:

@@ -365,6 +365,11 @@ def _by_integers(x: jax.Array, ids: jax.Array, *stacks: QuantizedArray) -> bool:
     return served and tuned.by_integers(ids.size, stacks[0].shape[0])
 
 
+def _for_integers(x: jax.Array, ids: jax.Array, stack: QuantizedArray) -> jax.Array:
+    # for a few tokens kernels bound ids themselves: a launch of its own takes as long as routing
+    return ids if x.shape[0] <= few.MAX_TOKENS else _existing(ids, stack)
+
+
 def _by_bytes(w: QuantizedArray, ids: jax.Array) -> bool:
     return tuned.by_bytes(w.format, ids.size, w.shape[0])
 
@@ -372,7 +377,7 @@ def _by_bytes(w: QuantizedArray, ids: jax.Array) -> bool:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _kernel_swiglu(x, gate, up, ids, weights, limit):
     if _by_integers(x, ids, gate, up):
-        return integers.swiglu(x, _stack(gate), _stack(up), _existing(ids, gate), weights, limit)
+        return integers.swiglu(x, _stack(gate), _stack(up), _for_integers(x, ids, gate), weights, limit)
     if x.shape[0] <= few.MAX_TOKENS:
         return few.swiglu(x, _stack(gate), _stack(up), ids, weights, limit)
     run = few.grouped_swiglu if _by_bytes(gate, ids) else matrix.grouped_swiglu
@@ -389,7 +394,7 @@ _kernel_swiglu.defvjp(_kernel_swiglu_fwd, _swiglu_bwd)
 @jax.custom_vjp
 def _kernel_down(h, down, ids):
     if _by_integers(h, ids, down):
-        return integers.down(h, _stack(down), _existing(ids, down))
+        return integers.down(h, _stack(down), _for_integers(h, ids, down))
     if h.shape[0] <= few.MAX_TOKENS:
         return few.down(h, _stack(down), ids)
     run = few.grouped_down if _by_bytes(down, ids) else matrix.grouped_down
