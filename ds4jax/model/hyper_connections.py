@@ -60,35 +60,44 @@ def _enter(streams, fn, base, scale, weight, iterations, hc_eps, rms_eps):
     return x, pre, post, sinkhorn(comb, iterations, hc_eps)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _kernel(streams, fn, base, scale, weight, iterations, hc_eps, rms_eps):
+def _plain(streams, fn, base, scale, weight, before, *rules):
+    del before
+    return _enter(streams, fn, base, scale, weight, *rules)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+def _kernel(streams, fn, base, scale, weight, before, iterations, hc_eps, rms_eps):
     rules = dict(iterations=iterations, hc_eps=hc_eps, rms_eps=rms_eps)
     kernels.require(streams, fn)
     B, T, S, D = streams.shape
     if B * T <= kernels.MAX_ROWS:
-        return kernels.enter(streams, fn, base, scale, weight, **rules)
+        return kernels.enter(streams, fn, base, scale, weight, before, **rules)
     z, square = _products(streams.reshape(B * T, 1, S, D), fn)
     return kernels.finish(z, square.reshape(-1) * (S * D), streams, base, scale, weight, **rules)
 
 
 def _kernel_bwd(iterations, hc_eps, rms_eps, args, g):
-    return jax.vjp(lambda *a: _enter(*a, iterations, hc_eps, rms_eps), *args)[1](g)
+    *args, before = args
+    gradients = jax.vjp(lambda *a: _enter(*a, iterations, hc_eps, rms_eps), *args)[1](g)
+    return *gradients, jax.tree.map(jnp.zeros_like, before)  # the streams say it all
 
 
-_kernel.defvjp(lambda *args: (_kernel(*args), args[:5]), _kernel_bwd)
+_kernel.defvjp(lambda *args: (_kernel(*args), args[:6]), _kernel_bwd)
 
-IMPLEMENTATIONS = {"pallas": _kernel, "xla": _enter}
+IMPLEMENTATIONS = {"pallas": _kernel, "xla": _plain}
 
 
 def enter(
-    streams: Array, fn: Array, base: Array, scale: Array, weight: Array, *, iterations: int, hc_eps: float,
-    rms_eps: float, implementation: str | None = None,
+    streams: Array, fn: Array, base: Array, scale: Array, weight: Array,
+    before: tuple[Array, Array, Array, Array] | None = None, *, iterations: int, hc_eps: float, rms_eps: float,
+    implementation: str | None = None,
 ) -> tuple[Array, Array, Array, Array]:  # fmt: skip
     """Streams [B, T, S, D] → a sublayer's input [B, T, D], pre, post [B, T, S], comb [B, T, S, S].
 
     fn [(2+S)·S, S·D], base [(2+S)·S], scale [3]: of a `HyperConnection`. weight [D]: of the norm after the collapse.
+    before: what `fold` made the streams of, if it did: of a token or a few, a kernel then need not wait for them.
     """
-    args = (streams, fn, base, scale, weight, iterations, hc_eps, rms_eps)
+    args = (streams, fn, base, scale, weight, before, iterations, hc_eps, rms_eps)
     return api.run("hyper_connections.enter", IMPLEMENTATIONS, implementation, *args)
 
 
@@ -108,11 +117,13 @@ class HyperConnection(nnx.Module):
         self.S, self.iterations = S, config.hc_sinkhorn_iters
         self.hc_eps, self.rms_eps = config.hc_eps, config.rms_norm_eps
 
-    def __call__(self, streams: Array, norm: RMSNorm) -> tuple[Array, Array, Array, Array]:
+    def __call__(
+        self, streams: Array, norm: RMSNorm, before: tuple[Array, Array, Array, Array] | None = None
+    ) -> tuple[Array, Array, Array, Array]:
         """What a sublayer needs: streams [B, T, S, D] → its input x [B, T, D], collapsed and normed, and in float32
-        pre [B, T, S], post [B, T, S], comb [B, T, S, S]."""
+        pre [B, T, S], post [B, T, S], comb [B, T, S, S]. before: as for `enter`."""
         return enter(
-            streams, value(self.fn), value(self.base), value(self.scale), value(norm.weight),
+            streams, value(self.fn), value(self.base), value(self.scale), value(norm.weight), before,
             iterations=self.iterations, hc_eps=self.hc_eps, rms_eps=self.rms_eps,
         )  # fmt: skip
 

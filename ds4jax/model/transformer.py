@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,15 +50,18 @@ class Block(nnx.Module):
         streams = tap("streams_in", streams)
         x, post, comb = self._enter(streams, self.hc_attn, self.attn_norm, tap, "attn")
         y, cache = self.attn(x, step, cache, tap.scope("attn"))
-        streams = tap("streams_mid", fold(streams, tap("attn_out", y), post, comb))
-        x, post, comb = self._enter(streams, self.hc_ffn, self.ffn_norm, tap, "ffn")
+        before = streams, tap("attn_out", y), post, comb
+        folded = fold(*before)
+        streams = tap("streams_mid", folded)
+        before = before if streams is folded else None  # an edit of the streams: what they were made of does not count
+        x, post, comb = self._enter(streams, self.hc_ffn, self.ffn_norm, tap, "ffn", before)
         y = self.ffn(x, step.tokens, tap)
         streams = fold(streams, tap("ffn_out", y), post, comb)
         return tap("streams_out", streams), cache
 
     @staticmethod
-    def _enter(streams: Array, hc: HyperConnection, norm: RMSNorm, tap: Tap, name: str):
-        x, pre, post, comb = hc(streams, norm)
+    def _enter(streams: Array, hc: HyperConnection, norm: RMSNorm, tap: Tap, name: str, before: Any = None):
+        x, pre, post, comb = hc(streams, norm, before)
         edited = tap(f"{name}.pre", pre)
         if edited is not pre:  # an edit of the collapse: the input made with it does not count
             x = norm(collapse(streams, edited))

@@ -8,6 +8,7 @@ makes these, a thread a row, and of a few, too: they are needed last, and take l
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -42,18 +43,21 @@ def require(streams: Array, fn: Array) -> None:
 
 
 def enter(
-    streams: Array, fn: Array, base: Array, scale: Array, weight: Array, *, iterations: int, hc_eps: float,
-    rms_eps: float,
+    streams: Array, fn: Array, base: Array, scale: Array, weight: Array,
+    before: tuple[Array, Array, Array, Array] | None = None, *, iterations: int, hc_eps: float, rms_eps: float,
 ) -> tuple[Array, Array, Array, Array]:  # fmt: skip
     """As `model.hyper_connections.enter`, of 1 to MAX_ROWS rows: streams [B, T, S, D] → x [B, T, D], pre, post
     [B, T, S], comb [B, T, S, S]."""
     B, T, S, D = streams.shape
     R = B * T
     few = R <= BLOCK
+    kernel, rows = (_mix if few else _mix_block), [streams.reshape(R, S, D)]
+    if few and before is not None:
+        kernel, rows = _mix_folded, [a.reshape(R, *a.shape[2:]) for a in before]
     parts = lo.call(
-        _mix if few else _mix_block, jax.ShapeDtypeStruct((R, S, COUNT + 1), jnp.float32), streams.reshape(R, S, D),
-        fn.reshape(-1, S, D), grid=(COUNT + 1, S, R if few else -(-R // BLOCK)),
-        tuning=lo.Tuning(warps=4 if D > 512 else 1, stages=1), name="hyper_mix",
+        kernel, jax.ShapeDtypeStruct((R, S, COUNT + 1), jnp.float32), *rows, fn.reshape(-1, S, D),
+        grid=(COUNT + 1, S, R if few else -(-R // BLOCK)), tuning=lo.Tuning(warps=4 if D > 512 else 1, stages=1),
+        name="hyper_mix",
     )  # fmt: skip
     return finish(parts, None, streams, base, scale, weight, iterations=iterations, hc_eps=hc_eps, rms_eps=rms_eps)
 
@@ -103,6 +107,17 @@ def _mix(x_ref, fn_ref, out_ref):
     n, s, r = (pl.program_id(i) for i in range(3))
     d = jnp.arange(x_ref.shape[-1], dtype=jnp.int32)
     x = lo.load(x_ref, (r, s, d)).astype(jnp.float32)
+    w = lo.load(fn_ref, (jnp.minimum(n, COUNT - 1), s, d)).astype(jnp.float32)
+    out_ref[r, s, n] = jnp.sum(x * jnp.where(n < COUNT, w, x))
+
+
+def _mix_folded(x_ref, y_ref, post_ref, comb_ref, fn_ref, out_ref):
+    """As `_mix` of what `model.hyper_connections.fold` makes of these, which is still being stored elsewhere."""
+    n, s, r = (pl.program_id(i) for i in range(3))
+    d = jnp.arange(x_ref.shape[-1], dtype=jnp.int32)
+    terms = [comb_ref[r, i, s] * lo.load(x_ref, (r, i, d)).astype(jnp.float32) for i in range(STREAMS)]
+    y = lo.load(y_ref, (r, d)).astype(jnp.float32)
+    x = (post_ref[r, s] * y + functools.reduce(jnp.add, terms)).astype(x_ref.dtype).astype(jnp.float32)
     w = lo.load(fn_ref, (jnp.minimum(n, COUNT - 1), s, d)).astype(jnp.float32)
     out_ref[r, s, n] = jnp.sum(x * jnp.where(n < COUNT, w, x))
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ds4jax.model.hyper_connections import IMPLEMENTATIONS, enter
+from ds4jax.model.hyper_connections import IMPLEMENTATIONS, enter, fold
 from ds4jax.pallas import lowering
 
 RULES = dict(iterations=20, hc_eps=1e-6, rms_eps=1e-6)
@@ -34,6 +34,20 @@ def test_kernel_equals_plain(B, T, D, dtype, tolerance):
         assert np.abs(a - b).max() <= tol * max(1, np.abs(b).max())
 
 
+@pytest.mark.parametrize("B, dtype", [(1, jnp.bfloat16), (8, jnp.float32), (9, jnp.bfloat16)])
+def test_streams_that_are_still_being_folded(B, dtype):
+    old, *weights = inputs(B, 1, 128, dtype)
+    rng = np.random.default_rng(1)
+    y, post, comb = (jnp.asarray(rng.normal(size=(B, 1, *n)), jnp.float32) for n in ((128,), (4,), (4, 4)))
+    before = old, y.astype(dtype), post, comb
+    streams = fold(*before)
+    with lowering.interpreted():
+        ours = enter(streams, *weights, before, **RULES, implementation="pallas")
+    for mine, plain in zip(ours, enter(streams, *weights, **RULES, implementation="xla"), strict=True):
+        tolerance = 1e-2 if mine.dtype == jnp.bfloat16 else 2e-5
+        np.testing.assert_allclose(np.float64(mine), np.float64(plain), rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize("T, atol", [(2, 1e-6), (257, 4e-6)])  # of many rows some sums nearly cancel
 def test_extreme_streams(T, atol):
     for spread in (0.0, 1e-12, 1e12):
@@ -59,7 +73,7 @@ def test_gradients_are_those_of_the_plain_form():
 @pytest.mark.parametrize("B, T, D", [(1, 1, 96), (1, 1, 32)])
 def test_what_no_kernel_takes_is_left_to_xla(B, T, D):
     with lowering.interpreted(), pytest.raises(NotImplementedError):
-        IMPLEMENTATIONS["pallas"](*inputs(B, T, D, jnp.float32), 20, 1e-6, 1e-6)
+        IMPLEMENTATIONS["pallas"](*inputs(B, T, D, jnp.float32), None, 20, 1e-6, 1e-6)
 
 
 @pytest.mark.parametrize("rows", [1, 64, 2048])
