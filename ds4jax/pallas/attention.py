@@ -22,7 +22,7 @@ KEYS = 32  # keys multiplied at once
 HEADS = 16  # heads of a program when few slots decode: the rows of a tensor-core tile
 MANY_SLOTS = 8  # from here on a program takes up to 64 heads, so that keys are read once
 PROGRAMS = 264  # about how many programs fill a device
-AHEAD = 4  # parts loaded at once when they are joined
+AHEAD = 32  # parts loaded at once when they are joined, at most
 CHANNELS = 128  # of a program that joins
 NEG = -1e30
 
@@ -112,6 +112,7 @@ def decode(
         name="decode_attention",
     )  # fmt: skip
     width = lo.power_of_two(splits)
+    ahead = min(AHEAD, splits)
 
     kept = d // 2 - cos.shape[-1]  # pairs of channels that do not turn
     pairs = min(d, CHANNELS) // 2
@@ -128,7 +129,7 @@ def decode(
         pair = pl.program_id(2) * pairs + jnp.arange(pairs, dtype=jnp.int32)
 
         def add(turn, ends):
-            for i in [turn * AHEAD + n for n in range(AHEAD)]:
+            for i in [turn * ahead + n for n in range(ahead)]:
                 live = i < splits
                 i = jnp.minimum(i, splits - 1)
                 weight = jnp.where(live, jnp.exp(peak_ref[b, i, h] - top), 0)
@@ -136,7 +137,7 @@ def decode(
             return ends
 
         zero = jnp.zeros((pairs,), jnp.float32)
-        ends = lo.loop(-(-splits // AHEAD), add, (zero, zero))
+        ends = lo.loop(-(-splits // ahead), add, (zero, zero))
         even, odd = ((e / whole).astype(out_ref.dtype).astype(jnp.float32) for e in ends)
         at = jnp.maximum(pair - kept, 0)
         c, s = lo.load(cos_ref, (b, at)), lo.load(sin_ref, (b, at))

@@ -49,17 +49,19 @@ def finish(
         n, h = pl.program_id(0), pl.program_id(1)
         group = jnp.arange(d // GROUP, dtype=jnp.int32)[:, None]
         pair = group * PAIRS + jnp.arange(PAIRS, dtype=jnp.int32)[None]
+        # all loads before the first sum, across which a compiler moves none
         ends = [lo.load(raw_ref, (n, h, 2 * pair + i)).astype(jnp.float32) for i in range(2)]
+        weights = [] if weight is None else [lo.load(weight_ref, (2 * pair + i,)).astype(jnp.float32) for i in range(2)]
+        at = jnp.maximum(pair - kept, 0)
+        c, s = [lo.load(ref, (n, at)) for ref in (cos_ref, sin_ref)] if turned else (None, None)
         if eps is not None:
             square = jnp.sum(ends[0] * ends[0]) + jnp.sum(ends[1] * ends[1])
             scale = lax.rsqrt(square / d + eps)
             ends = [e * scale for e in ends]
-            if weight is not None:
-                ends = [e * lo.load(weight_ref, (2 * pair + i,)).astype(jnp.float32) for i, e in enumerate(ends)]
+            if weights:
+                ends = [e * w for e, w in zip(ends, weights, strict=True)]
             ends = [_as(e, raw.dtype) for e in ends]
         if turned:
-            at = jnp.maximum(pair - kept, 0)
-            c, s = lo.load(cos_ref, (n, at)), lo.load(sin_ref, (n, at))
             if inverse:
                 s = -s
             pairs = (ends[0] * c - ends[1] * s, ends[0] * s + ends[1] * c)

@@ -56,10 +56,15 @@ def enter(
         kernel, rows = _mix_folded, [a.reshape(R, *a.shape[2:]) for a in before]
     parts = lo.call(
         kernel, jax.ShapeDtypeStruct((R, S, COUNT + 1), jnp.float32), *rows, fn.reshape(-1, S, D),
-        grid=(COUNT + 1, S, R if few else -(-R // BLOCK)), tuning=lo.Tuning(warps=4 if D > 512 else 1, stages=1),
+        grid=(COUNT + 1, S, R if few else -(-R // BLOCK)), tuning=_short(D) if few else lo.Tuning(warps=4, stages=1),
         name="hyper_mix",
     )  # fmt: skip
     return finish(parts, None, streams, base, scale, weight, iterations=iterations, hc_eps=hc_eps, rms_eps=rms_eps)
+
+
+def _short(D: int) -> lo.Tuning:
+    """So many threads that each has 8 channels: a kernel that runs for a microsecond also waits for its own code."""
+    return lo.Tuning(warps=max(1, min(16, D // 256)), stages=1)
 
 
 def finish(
@@ -78,7 +83,7 @@ def finish(
     if squares is None and R <= BLOCK:
         # two launches side by side: what folds the result back is not waited for by what comes next
         x, pre = lo.call(
-            _collapse(S, D, hc_eps, rms_eps), first, parts, rows, base, scale, weight, grid=(R,), tuning=tuning,
+            _collapse(S, D, hc_eps, rms_eps), first, parts, rows, base, scale, weight, grid=(R,), tuning=_short(D),
             name="hyper_enter",
         )  # fmt: skip
         post, comb = lo.call(
@@ -215,14 +220,17 @@ def _place_block(S: int, D: int, iterations: int, hc_eps: float, rms_eps: float)
 def _collapsed(r, logit, S: int, D: int, hc_eps: float, rms_eps: float, x_ref, weight_ref, out_ref, pre_ref) -> None:
     """Store `pre` and the normed sum of row r's streams."""
     d = jnp.arange(D, dtype=jnp.int32)
-    x = jnp.zeros((D,), jnp.float32)
-    for s in range(S):
-        pre = _sigmoid(logit(s)) + hc_eps
-        pre_ref[r, s] = pre
-        x = x + pre * lo.load(x_ref, (r, s, d)).astype(jnp.float32)
+    # All loads before the first store and the first sum: a compiler moves none across either, and a few rows wait for
+    # the memory rather than for anything else.
+    streams = [lo.load(x_ref, (r, s, d)) for s in range(S)]
+    weight = lo.load(weight_ref, (d,))
+    pre = [_sigmoid(logit(s)) + hc_eps for s in range(S)]
+    x = functools.reduce(jnp.add, [p * stream.astype(jnp.float32) for p, stream in zip(pre, streams, strict=True)])
     x = x.astype(out_ref.dtype).astype(jnp.float32)  # the sublayer's input is rounded before its norm
     norm = lax.rsqrt(jnp.sum(x * x) / D + rms_eps)
-    lo.store(out_ref, (r, d), x * norm * lo.load(weight_ref, (d,)).astype(jnp.float32))
+    lo.store(out_ref, (r, d), x * norm * weight.astype(jnp.float32))
+    for s, value in enumerate(pre):
+        pre_ref[r, s] = value
 
 
 def _store_placed(r, logit, S: int, iterations: int, hc_eps: float, post_ref, comb_ref) -> None:

@@ -27,10 +27,10 @@ def choose(logits: Array, bias: Array, k: int, normalize: bool, factor: float) -
     def kernel(logits_ref, bias_ref, probs_ref, experts_ref, weights_ref):
         n = pl.program_id(0)
         e = jnp.arange(E, dtype=jnp.int32)
-        x = lo.load(logits_ref, (n, e))
+        x, bias = lo.load(logits_ref, (n, e)), lo.load(bias_ref, (e,))  # both before anything is stored
         probs = jnp.sqrt(jnp.maximum(x, 0) + lax.log1p(jnp.exp(-jnp.abs(x))))
         lo.store(probs_ref, (n, e), probs)
-        score = probs + lo.load(bias_ref, (e,))
+        score = probs + bias
         chosen, weights = [], []
         for _ in range(k):
             best = jnp.max(score)
