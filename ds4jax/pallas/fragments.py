@@ -67,7 +67,7 @@ def halves(x: Array, order: np.ndarray) -> tuple[Array, Array]:
     2^15; and float32 [rows], what undoes that and the weights' 2^SHIFT: NaN for a row that holds NaN or infinity.
     """
     (rows, K), pairs = x.shape, len(order) // 2
-    all_of_row, width = lo.power_of_two(K), min(1024, lo.power_of_two(pairs))
+    all_of_row, width = lo.power_of_two(K), min(4096, lo.power_of_two(pairs))
 
     def kernel(x_ref, order_ref, words_ref, scale_ref):
         n = pl.program_id(0)
@@ -96,7 +96,13 @@ def halves(x: Array, order: np.ndarray) -> tuple[Array, Array]:
 
     shapes = [jax.ShapeDtypeStruct((rows, pairs), jnp.int32), jax.ShapeDtypeStruct((rows,), jnp.float32)]
     return lo.call(
-        kernel, shapes, x, jnp.asarray(order), grid=(rows,), tuning=lo.Tuning(warps=4, stages=1), name="halves"
+        kernel,
+        shapes,
+        x,
+        jnp.asarray(order),
+        grid=(rows,),
+        tuning=lo.Tuning(warps=max(1, min(16, K // 256)), stages=1),
+        name="halves",
     )
 
 

@@ -19,6 +19,7 @@ Two ways, by whether the bytes of a format's codes times its whole scales are by
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -35,7 +36,7 @@ Array = jax.Array
 
 BLOCK = 256  # elements
 ROWS, COLUMNS = lo.WARP_ROWS, lo.WARP_COLUMNS  # of one instruction
-COPIES = 32  # of a codebook's table, see `lowering.share`
+COPIES, COPIES_OF_FEW = 32, 16  # of a codebook's table, see `lowering.share`; a few tokens do not pay for more
 RUNS_UP_TO = 2  # assignments an expert, on average, up to which threads have runs of their own, where there is a choice
 _TOP = 127 * 256  # the largest whole number of two bytes of which the first does not pass 127
 
@@ -130,9 +131,9 @@ class Table(NamedTuple):
     values: list[Array]
 
     @classmethod
-    def of(cls, ref: Any, warps: int) -> Table:
+    def of(cls, ref: Any, warps: int, copies: int) -> Table:
         first = _ENTRIES + 128 + 2 * (jnp.arange(32 * warps, dtype=jnp.int32) & 15)
-        return cls(lo.share(ref, warps, COPIES, _ENTRIES + 128), [_word(lo.load(ref, (first + i,))) for i in range(2)])
+        return cls(lo.share(ref, warps, copies, _ENTRIES + 128), [_word(lo.load(ref, (first + i,))) for i in range(2)])
 
     def entry(self, codes: Array, signs: Array, e: int | Array) -> list[Array]:
         """The e-th of the four entries of words of IQ2_XXS: 8 signed bytes, two words."""
@@ -246,16 +247,16 @@ def _pack(digit: Array) -> Array:
 class Work:
     """What a program multiplies.
 
-    format, how: of the weights, and how they are read. tiles: of every stack the thread's rows g and g + 8. digits:
-    refs of `Digits`. first, steps: the spans that the thread takes. last: the weights' last block; activations behind
-    it are zeros. ahead: as `Tuning.ahead`.
+    format, how: of the weights, and how they are read. tiles: of every stack the thread's rows g and g + 8. table:
+    makes or gives the codebook's, or None. digits: refs of `Digits`. first, steps: the spans that the thread takes.
+    last: the weights' last block; activations behind it are zeros. ahead: as `Tuning.ahead`.
     """
 
     format: str
     how: Format
     tiles: list[tuple[decode.Tile, decode.Tile]]
     threads: Threads
-    table: Table | None
+    table: Callable[[], Table | None]
     digits: list[Any]
     first: Array
     steps: int
@@ -321,7 +322,7 @@ def _by_runs(work: Work, width: int, row: Callable[[Any], Array]) -> list[list[l
     def body(i, carry):
         loaded, totals = carry
         codes, signs = loaded or fetch(i)
-        if loaded:
+        if loaded and work.steps > 1:
             loaded = fetch(jnp.minimum(i + 1, work.steps - 1))
             lo.loads_first()
         span = work.first + i
@@ -335,7 +336,7 @@ def _by_runs(work: Work, width: int, row: Callable[[Any], Array]) -> list[list[l
                 eight = [w for q in range(2) for w in _four(words_ref, x, place + 32 * q, mask=own)]
                 b.append([eight[j : j + 2] for j in range(0, 8, 2)])
             for m in range(len(work.tiles)):
-                entries = [[work.table.entry(codes[m][h][r], signs[m][h][r], e) for h in range(2)] for e in range(4)]
+                entries = [[table.entry(codes[m][h][r], signs[m][h][r], e) for h in range(2)] for e in range(4)]
                 a = [[its[h][i] for i in range(2) for h in range(2)] for its in entries]
                 scales = [_doubled_scale(signs[m][h][r]) for h in range(2)]
                 for n in range(width):
@@ -350,7 +351,9 @@ def _by_runs(work: Work, width: int, row: Callable[[Any], Array]) -> list[list[l
                     totals[m][n][h] = lo.fma(y, scale, totals[m][n][h])
         return loaded, totals
 
-    first = fetch(0) if work.ahead and work.steps > 1 else []
+    # on its way while the table is made
+    first = fetch(0) if work.ahead or work.steps == 1 else []
+    table = work.table()
     _, totals = lo.loop(work.steps, body, (first, [[[nothing] * 2 for _ in rows] for _ in work.tiles]))
     return [[_of_thread(its[n : n + 4], t) for n in range(0, width, 4)] for its in totals]
 
@@ -485,12 +488,12 @@ def _by_tokens(work: Work, width: int, row: Callable[[Any], Array]) -> list[list
     else:
         columns = [_Columns(row(n + g), None) for n in range(0, width, COLUMNS)]
     rows = [[row(place) for place in its] for its in mine(width, t, False)]
-    nothing = jnp.zeros(t.shape, jnp.float32)
+    nothing, table = jnp.zeros(t.shape, jnp.float32), work.table()
 
     def body(i, totals):
         block = work.first + i
         here = jnp.minimum(block, work.last)
-        tiles = [[_READ[work.format](half, here, t, work.table) for half in tile] for tile in work.tiles]
+        tiles = [[_READ[work.format](half, here, t, table) for half in tile] for tile in work.tiles]
         sums = [[c.zeros(t) for c in columns] for _ in tiles]
         for p in range(4):
             for c, its in enumerate(columns):
@@ -567,7 +570,12 @@ def _experts(
         refs, out_ref = list(refs[:-1]), refs[-1]
         take = lambda n: [refs.pop(0) for _ in range(n)]  # noqa: E731
         more_refs, plan_refs, x_refs = take(len(more)), take(len(plan)), take(len(digits))
-        lookup = Table.of(refs.pop(0), W) if book else None
+        lookup = lambda: None  # noqa: E731
+        if book:
+            lookup = functools.partial(Table.of, refs.pop(0), W, COPIES_OF_FEW if few else COPIES)
+        if not few:  # one for all widths
+            made = lookup()
+            lookup = lambda: made  # noqa: E731
         named = [dict(zip(stack.parts, take(len(stack.parts)), strict=True)) for stack in stacks]
         i, threads, base = pl.program_id(1), Threads(*lo.warp_lanes(W)), pl.program_id(0) * rows
         if few:  # here, because a launch of its own takes as long as routing
