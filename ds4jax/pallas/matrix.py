@@ -196,5 +196,6 @@ def grouped_swiglu(
 def grouped_down(h: Array, stack: Stack, ids: Array, tuning: lo.Tuning | None = None) -> Array:
     """`quant.expert_down` for many tokens, bfloat16."""
     T, k, F = h.shape
-    y = _grouped("down", h.reshape(T * k, F), [stack], ids, [], jnp.float32, tuning, lambda n: n, lambda n, refs, y: y)
+    # in h's dtype: of thousands of tokens these rows are gigabytes, and float32 would be twice as many
+    y = _grouped("down", h.reshape(T * k, F), [stack], ids, [], h.dtype, tuning, lambda n: n, lambda n, refs, y: y)
     return combine(y, T, h.dtype)

@@ -231,9 +231,9 @@ def _pallas_many(x: jax.Array, weights: tuple[Any, ...], out_dtypes: tuple[Any, 
 
 
 def _pieces(w: jax.Array) -> list[jax.Array]:
-    """bfloat16 arrays whose sum is w: one for bfloat16, two for float16, three for float32."""
+    """bfloat16 arrays whose sum is w: one for bfloat16, three for float32."""
     rest, out = w.astype(jnp.float32), []
-    for _ in range({"bfloat16": 1, "float16": 2}.get(str(w.dtype), 3)):
+    for _ in range(1 if w.dtype == jnp.bfloat16 else 3):
         # a conversion and back would be dropped as excess precision
         piece = lax.reduce_precision(rest, 8, 7)
         out.append(piece.astype(jnp.bfloat16))
@@ -241,11 +241,24 @@ def _pieces(w: jax.Array) -> list[jax.Array]:
     return out
 
 
+def _as_halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """bfloat16 x as float16 and what undoes it, a power of two for each row: its largest number comes to lie below
+    2^15, and what is 2^-29 of that or more keeps all its bits."""
+    peak = jnp.max(jnp.abs(jax.lax.stop_gradient(x)).astype(jnp.float32), axis=-1, keepdims=True)
+    exponent = jax.lax.bitcast_convert_type(peak, jnp.int32) >> 23
+    exponent = jnp.where(exponent < 255, jnp.clip(exponent, 15, 254), 141)  # NaN and infinity stay what they are
+    power = lambda e: jax.lax.bitcast_convert_type(e << 23, jnp.float32)  # noqa: E731
+    return (x.astype(jnp.float32) * power(268 - exponent)).astype(jnp.float16), power(exponent - 14)
+
+
 def _precise(x: jax.Array, w: Any, out_dtype: Any) -> jax.Array:
-    """The product as of float32 activations and weights. Of bfloat16 activations it is some products of bfloat16, each
-    exact before it is added up, which tensor cores do ten times as fast."""
+    """The product as of float32 activations and weights. Of bfloat16 activations it is one product of float16 or some
+    of bfloat16, each exact before it is added up, which tensor cores do ten times as fast."""
     if x.dtype != jnp.bfloat16 or isinstance(w, QuantizedArray):
         return matmul(x.astype(jnp.float32), w, out_dtype=out_dtype)
+    if w.dtype == jnp.float16:
+        halves, undo = _as_halves(x)
+        return (_plain(halves, w, np.dtype(np.float32)) * undo).astype(out_dtype)
     return sum(_plain(x, piece, np.dtype(np.float32)) for piece in _pieces(w)).astype(out_dtype)
 
 

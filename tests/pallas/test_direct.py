@@ -130,3 +130,16 @@ def test_precise_products_of_bfloat16_lose_nothing(rng, dtype):
     (y,) = jax.jit(lambda x, w: quant.matmul_many(x, [w], out_dtypes=[jnp.float32], precise=[True]))(x, w)
     want = exact(x, w)
     np.testing.assert_allclose(y, want, atol=3e-6 * np.abs(want).max())
+
+
+def test_precise_products_of_half_weights_keep_rows_apart():
+    """float16 holds a bfloat16 row of any size, once its exponent is taken out; NaN and infinity stay in their row."""
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(6, 256)) * np.array([1e30, 1e-30, 1, 0, 1, 1])[:, None]
+    x[4, 7], x[5, 9] = np.nan, np.inf
+    x, w = jnp.asarray(x, jnp.bfloat16), jnp.asarray(rng.normal(size=(5, 256)), jnp.float16)
+    (y,) = quant.matmul_many(x, [w], out_dtypes=[jnp.float32], precise=[True], implementation="xla")
+    want = np.asarray(x, np.float64)[:4] @ np.asarray(w, np.float64).T
+    for row in range(4):
+        np.testing.assert_allclose(y[row], want[row], rtol=0, atol=3e-6 * np.abs(want[row]).max())
+    assert np.isnan(y[4]).all() and not np.isfinite(y[5]).any()
