@@ -6,8 +6,12 @@ printed for each case, with what else the device runs for it (activations split 
 cases share an entry of the file, the variant that is best for all of them together is written; and where an operation
 can go by byte products or on tensor cores, up to which number of assignments an expert the former are faster.
 
-usage: python scripts/tune_kernels.py [--ops matvec,swiglu,down,bytes,dense,grouped] [--formats Q8_0,…] [--quick]
-                                      [--out ds4jax/pallas/tuned.json] [--budget 600] [--threads 16]
+Routed experts of IQ2_XXS and Q2_K: one to a few tokens are `integers_few`, short runs of IQ2_XXS `integers_runs`, other
+batches `integers`, and from `tuned.INTEGERS_UP_TO` assignments an expert on `grouped`, as the dispatch has it.
+
+usage: python scripts/tune_kernels.py [--ops matvec,swiglu,down,bytes,dense,grouped,integers_few,integers_runs,integers]
+                                      [--formats Q8_0,…] [--quick] [--out ds4jax/pallas/tuned.json] [--budget 600]
+                                      [--threads 16]
 """
 
 from __future__ import annotations
@@ -29,21 +33,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from ds4jax import quant
-from ds4jax.pallas import decode, experts, lowering, matrix, matvec, tuned
+from ds4jax.pallas import decode, experts, integers, lowering, matrix, matvec, tuned
 from ds4jax.quant.matmul import codebook
 from ds4jax.runtime import bench
 
 E, F, D, k = 256, 2048, 4096, 6  # Flash
 LIMIT = 10.0
 CHECKED = 64  # tokens whose results are compared
-KERNELS = ("matvec_", "swiglu_", "down_", "bytes_", "matmul_", "grouped_")  # names; other kernels are overhead
+KERNELS = ("matvec_", "swiglu_", "down_", "bytes_", "matmul_", "grouped_", "integers_")  # names; others are overhead
 
 # (operation, format, shape, tokens); those of the published q2 file first
+GATE, DOWN = ("IQ2_XXS", (E, F, D)), ("Q2_K", (E, D, F))
 PUBLISHED = [
-    *(("grouped", *case, tokens) for tokens in (2048, 4096) for case in (("IQ2_XXS", (E, F, D)), ("Q2_K", (E, D, F)))),
-    ("swiglu", "IQ2_XXS", (E, F, D), 1), ("down", "Q2_K", (E, D, F), 1),
-    *((op, *case, tokens) for tokens in (64, 256) for case in (("IQ2_XXS", (E, F, D)), ("Q2_K", (E, D, F)))
-      for op in ("bytes", "grouped")),
+    *(("grouped", *case, tokens) for tokens in (2048, 4096) for case in (GATE, DOWN)),
+    *(("integers_few", *case, 1) for case in (GATE, DOWN)), ("integers_runs", *GATE, 64),
+    ("integers", *GATE, 256), *(("integers", *DOWN, tokens) for tokens in (64, 256)),
     ("dense", "Q8_0", (4096, 8192), 64), ("dense", "Q8_0", (32768, 1024), 64),
     *(("matvec", "Q8_0", shape, 1) for shape in ((4096, 2048), (512, 4096), (8, 1024, 4096), (1024, 4096),
                                                  (2048, 4096), (32768, 1024), (4096, 8192), (129280, 4096))),
@@ -55,6 +59,8 @@ OTHERS = [
     *((op, f, (E, F, D), 64) for f in ("Q4_K", "MXFP4") for op in ("bytes", "grouped")),
     *(("grouped", f, (E, F, D), 2048) for f in ("Q4_K", "MXFP4")),
 ]
+
+OPERATIONS = "matvec,swiglu,down,bytes,dense,grouped,integers_few,integers_runs,integers"
 
 Case = tuple[str, str, tuple[int, ...], int]
 
@@ -76,6 +82,17 @@ def variants(case: Case, quick: bool) -> list[lowering.Tuning]:
             shapes = shapes[:1]
         lengths = (64, 128) if tokens * k > 64 * E else (64,)
         return [T(r, s // unit, w, n, m, a) for (r, w, s), (n, a), m in itertools.product(shapes, how, lengths)]
+    if op.startswith("integers"):
+        tokens = {"integers_few": (1,), "integers_runs": (2, 4), "integers": (4, 8, 16)}[op]
+        parts = (2, 4, 8) if op == "integers_few" else (1,) if quick else (1, 2)
+        runs = format in integers.RUNS and op != "integers"  # others load nothing ahead
+
+        def ahead(p):
+            return (0, 1) if runs and shape[-1] > p * integers.RUNS[format].blocks * integers.BLOCK else (0,)
+
+        both = [(w, p) for w, p in itertools.product((4, 8), parts) if p <= w]
+        return [T(warps=w, stages=1, tokens=m, ahead=a, parts=p) for (w, p), m in itertools.product(both, tokens)
+                for a in ahead(p)]  # fmt: skip
     count = shape[-1] // unit
     most = max(32, lowering.power_of_two(count))
     threads = [(32 * w, w) for w in (1, 2, 4) if 32 * w <= most]
@@ -110,9 +127,10 @@ def operation(case: Case) -> tuple[Any, Any]:
     count = 8 if tokens == 1 else 2
     picks = [np.stack([rng.choice(E, k, replace=False) for _ in range(tokens)]).astype(np.int32) for _ in range(count)]
     stacks = lambda n: [bench.random_weight(i, format, shape) for i in jax.random.split(key, n)]  # noqa: E731
-    module = matrix if op == "grouped" else experts
+    module = integers if op.startswith("integers") else matrix if op == "grouped" else experts
+    grouped = op in ("bytes", "grouped")
     if shape[1] == F:
-        kernel = module.swiglu if op == "swiglu" else module.grouped_swiglu
+        kernel = module.grouped_swiglu if grouped else module.swiglu
 
         def swiglu(x, w, tuning):
             ones = jnp.ones((tokens, k), jnp.float32)
@@ -125,7 +143,7 @@ def operation(case: Case) -> tuple[Any, Any]:
             return jax.random.normal(key, (tokens, D), jnp.bfloat16), [(jnp.asarray(p), *two) for p in picks]
 
         return swiglu, make
-    kernel = module.down if op == "down" else module.grouped_down
+    kernel = module.grouped_down if grouped else module.down
 
     def down(x, w, tuning):
         if tuning is None:
@@ -187,13 +205,13 @@ def measure(case: Case, jobs: list[tuple[lowering.Tuning | None, Any]], show: in
     other = {n: statistics.median(v) * len(v) / max(1, len(mine[0])) for n, v in times.items() if v is not mine[0]}
     op, format, shape, tokens = case
     nbytes, flops = work(case)
-    split = other.get("split_activations", 0)
+    split = sum(other.get(name, 0) for name in ("split_activations", "split_blocks"))
     print(
         f"\n{op} {format} {'×'.join(map(str, shape))}, {tokens} tokens: {nbytes / 2**20:.0f} MiB; besides, "
         f"{sum(other.values()):.1f} µs in {len(other)} kernels, {split:.1f} of it splitting activations"
     )
     for s, wrong, t, message in rows[:show] + [r for r in rows[show:] if r[3]][:3]:
-        what = f"rows={t.rows} units={t.units} warps={t.warps} stages={t.stages} tokens={t.tokens} ahead={t.ahead}"
+        what = " ".join(f"{name}={value}" for name, value in dataclasses.asdict(t).items())
         if wrong is None:
             print(f"  {'':42} {what}  {message}")
         else:
@@ -239,7 +257,7 @@ def crossing(best: dict[Case, float], format: str) -> float | None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--ops", default="matvec,swiglu,down,bytes,dense,grouped")
+    parser.add_argument("--ops", default=OPERATIONS)
     parser.add_argument("--formats", default="")
     parser.add_argument("--quick", action="store_true", help="fewer variants, of the published file's formats")
     parser.add_argument("--out", default=str(tuned.FILE))
