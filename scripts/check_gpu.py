@@ -26,7 +26,7 @@ from ds4jax import quant
 from ds4jax.model import attention, heads, hyper_connections, moe
 from ds4jax.model.layers import angles, rope_frequencies
 from ds4jax.pallas import attention as attention_kernels
-from ds4jax.pallas import decode, indexer, lowering
+from ds4jax.pallas import decode, fragments, indexer, integers, lowering
 from ds4jax.runtime import bench
 from ds4jax.weights import synthetic
 
@@ -162,18 +162,28 @@ def cases(formats: list[str], fast: bool, rng: np.random.Generator, key):
         return quant.expert_down(h.astype(dtype), w, ids, implementation=how)
 
     for f in formats:
-        for out, K, rows in ((2048, 4096, 1), (515, 768, 8), (1024, 2048, 3), (515, 768, 100), (4096, 4096, 64)):
-            if not fast or (out, rows) in ((2048, 1), (515, 8), (515, 100)):
+        # by what they run on: byte products up to 8 rows; tensor cores, for some formats up to 64 rows from registers
+        few, batch = ((2048, 4096, 1), (515, 768, 8), (1024, 2048, 3)), ((515, 768, 100), (4096, 4096, 64))
+        if f in fragments.FORMATS:
+            ragged = 736 if f == "Q8_0" else 768  # no whole number of steps
+            batch += (515, 768, 20), (515, ragged, 33), (2048, 4096, 9), (1024, 8192, 16)
+        for out, K, rows in few + batch:
+            if not fast or (out, rows) in ((2048, 1), (515, 8), (515, 100), (515, 20)):
                 yield f"matmul {f} [{rows}, {K}] · [{out}, {K}]", product, (normal(rows, K), weight(f, out, K))
         if not fast:
-            yield f"matmul {f} stack of 8, 2 rows", product, (normal(2, 8, 1024), weight(f, 8, 256, 1024))
-        E, F, D, k = 24, 512, 1024, 6
+            for rows in (2, 20) if f in fragments.FORMATS else (2,):
+                yield f"matmul {f} stack of 8, {rows} rows", product, (normal(rows, 8, 1024), weight(f, 8, 256, 1024))
+        E, F, D, k = 32, 512, 1024, 6
         gate, up, last = weight(f, E, F, D), weight(f, E, F, D), weight(f, E, D, F)
-        # by what they run on: an assignment a program; byte products; tensor cores
+        # by what they run on: an assignment a program; byte products, or tensor cores of integers; tensor cores
         few, batch, many = ((1, "random"), (8, "random"), (8, "one expert")), ((20, "random"), (26, "one expert")), (
             (200, "random"), (130, "one expert"),
         )  # fmt: skip
-        for tokens, which in (few[0], batch[0], many[0]) if fast else few + batch + many:
+        some = few[0], batch[0], many[0]
+        if f in integers.TOKENS:  # threads with runs of their own, and almost as many assignments as go there
+            runs = (10, "random")
+            some, batch = (*some, runs), (*batch, runs, (120, "random"))
+        for tokens, which in some if fast else few + batch + many:
             ids = np.full((tokens, k), 5) if which == "one expert" else rng.integers(0, E - 3, (tokens, k))
             ids = jnp.asarray(ids, jnp.int32)  # the last three experts stay empty
             weights = jnp.asarray(rng.random((tokens, k)), jnp.float32)
