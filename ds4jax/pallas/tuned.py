@@ -98,8 +98,10 @@ def grouped(format: str, out: int, K: int, assignments: int, experts: int) -> Tu
     return dataclasses.replace(t, tokens=min(t.tokens, max(64, power_of_two(mean))))
 
 
-def by_integers(assignments: int, experts: int) -> bool:
+def by_integers(format: str, tokens: int, assignments: int, experts: int) -> bool:
     """Whether experts go by integer tensor cores, where a format can."""
+    if format == "Q2_K" and 1 < tokens <= 8:  # a row at a time, dp4a takes 28 µs of 4 tokens, these 33
+        return False
     return assignments <= experts * INTEGERS_UP_TO
 
 

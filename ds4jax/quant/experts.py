@@ -362,7 +362,7 @@ def _stack(w: QuantizedArray) -> few.Stack:
 def _by_integers(x: jax.Array, ids: jax.Array, *stacks: QuantizedArray) -> bool:
     """Whether integer tensor cores serve the call and are the fastest."""
     served = len({w.format for w in stacks}) == 1 and integers.serves(stacks[0].format, x.dtype)
-    return served and tuned.by_integers(ids.size, stacks[0].shape[0])
+    return served and tuned.by_integers(stacks[0].format, x.shape[0], ids.size, stacks[0].shape[0])
 
 
 def _for_integers(x: jax.Array, ids: jax.Array, stack: QuantizedArray) -> jax.Array:

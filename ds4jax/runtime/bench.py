@@ -23,7 +23,7 @@ import numpy as np
 
 from ds4jax import quant
 from ds4jax.errors import DS4Error
-from ds4jax.model import Config, init_cache
+from ds4jax.model import Cache, Config, init_cache
 from ds4jax.runtime.programs import CHUNKS, Programs, Slots
 from ds4jax.runtime.sampling import Sampling
 
@@ -264,22 +264,28 @@ def frontiers(
             begin = time.perf_counter()
             cache = jax.block_until_ready(programs.prefill(cache, tokens, np.array([n], np.int32)))
             spent, fed, at = spent + time.perf_counter() - begin, fed + n, at + n
-        rate = decode_rate(programs, config, jax.tree.map(jnp.copy, cache), steps)
+        rate = decode_rate(programs, config, jax.tree.map(jnp.copy, cache), steps, device)
         yield dict(context=context, slots=1, prefill_tokens_per_s=fed / spent, decode_tokens_per_s=rate)
 
 
-def _going(n: int, config: Config) -> Slots:
-    """n slots that decode greedily and never end."""
+def _filled(config: Config, slots: int, context: int, room: int, dtype: Any, device: Any) -> Cache:
+    """A cache whose slots stand at `context`, holding what an empty context left there, with room for `room` more."""
+    cache = init_cache(config, slots, context + room, dtype)
+    return jax.device_put(dataclasses.replace(cache, length=jnp.full((slots,), context, jnp.int32)), device)
+
+
+def _going(n: int, config: Config, device: Any) -> Slots:
+    """n slots that decode greedily and never end; on the device, as decode gives them back: it is compiled once."""
     slots = Slots.empty(n)
     for i in range(n):
         slots.begin(i, 1 + i % (config.vocab_size - 1), 10**6, Sampling(0.0, 0, 1.0, 0.0, 0), ())
-    return slots
+    return jax.device_put(slots, device)
 
 
-def decode_rate(programs: Programs, config: Config, cache: Any, steps: int) -> float:
+def decode_rate(programs: Programs, config: Config, cache: Any, steps: int, device: Any = None) -> float:
     """Greedy tokens per second of all slots of `cache` together; the cache is used up."""
     n = cache.length.shape[0]
-    cache, state, *_ = programs.decode(cache, _going(n, config), steps=steps, restricted=False)  # compiles
+    cache, state, *_ = programs.decode(cache, _going(n, config, device), steps=steps, restricted=False)  # compiles
     jax.block_until_ready(cache)
     times = []
     for _ in range(3):
@@ -294,11 +300,10 @@ def batches(
     programs: Programs, config: Config, dtype: Any, slots: Iterable[int], *, context: int = 1024, steps: int = 32,
     device: Any = None,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
-    """Greedy decode of many sequences at `context`: their caches hold what an empty context left there."""
+    """Greedy decode of many sequences at `context`."""
     for n in slots:
-        cache = jax.device_put(init_cache(config, n, context + 5 * steps, dtype), device)
-        cache = dataclasses.replace(cache, length=jnp.full((n,), context, jnp.int32))
-        rate = decode_rate(programs, config, cache, steps)
+        cache = _filled(config, n, context, 5 * steps, dtype, device)
+        rate = decode_rate(programs, config, cache, steps, device)
         yield dict(context=context, slots=n, prefill_tokens_per_s=None, decode_tokens_per_s=rate)
 
 
@@ -312,9 +317,7 @@ def timeline(
       {kernel, runs, microseconds, share} of a token, the longest first; and of a token, in microseconds, "busy": all
       kernels together, "wall": as the host's clock has it, "launches": how many kernels.
     """
-    cache = jax.device_put(init_cache(config, slots, context + 8 * steps, dtype), device)
-    cache = dataclasses.replace(cache, length=jnp.full((slots,), context, jnp.int32))
-    state = _going(slots, config)
+    cache, state = _filled(config, slots, context, 8 * steps, dtype, device), _going(slots, config, device)
     for _ in range(2):  # the first compiles
         begin = time.perf_counter()
         cache, state, *_ = programs.decode(cache, state, steps=steps, restricted=False)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ds4jax import quant
+from ds4jax import quant, runtime
 from ds4jax.cli.bench import plot
 from ds4jax.errors import DS4Error
 from ds4jax.runtime import bench
@@ -115,3 +115,13 @@ def test_own_seconds_are_the_kernels(monkeypatch):
 
 def test_copies_are_timed():
     assert bench.copy_bandwidth(1 << 20, 2) > 1e6
+
+
+def test_decode_is_compiled_once(config, arrays):
+    """A burst is called with what the one before gave back, and the first with something just like it."""
+    device = jax.devices()[0]
+    arrays = jax.device_put({path: jnp.asarray(a) for path, a in arrays.items()}, device)
+    programs = runtime.Programs(*runtime.build_model(config, arrays, dtype=jnp.float32))
+    (row,) = bench.batches(programs, config, jnp.float32, [2], context=8, steps=2, device=device)
+    assert row["decode_tokens_per_s"] > 0
+    assert programs._decode._cache_size() == 1
