@@ -25,7 +25,7 @@ from ds4jax.pallas.experts import Stack
 
 Array = jax.Array
 
-FORMATS = ("Q8_0", "Q4_K")  # others are not tried on a device
+FORMATS = ("Q8_0", "Q4_K")  # of these, Q8_0 is timed; others are not tried on a device
 MAX_ROWS = 64  # above, activations come through shared memory faster than each thread loads its own
 SHIFT = 6  # weights are multiplied by 2^6: float16 holds a scale of 1e-6 in full then, and weights up to 1023
 _STEP = 4  # units of a row that a step takes, one a thread

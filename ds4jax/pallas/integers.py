@@ -526,7 +526,7 @@ def _by_tokens(work: Work, width: int, row: Callable[[Any], Array]) -> list[list
 
 def serves(format: str, dtype: Any) -> bool:
     """Whether these kernels take stacks of `format` and activations of `dtype`."""
-    return format in TOKENS and np.dtype(dtype) == jnp.bfloat16
+    return format in TOKENS and np.dtype(dtype) == jnp.bfloat16 and lo.has_instructions()
 
 
 def _by_width(least: int, most: int, count: Array, body: Callable[[int], None]) -> None:

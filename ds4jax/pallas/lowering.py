@@ -399,6 +399,17 @@ def instructions(
     return list(_triton().elementwise_inline_asm(code, **kw))
 
 
+def has_instructions() -> bool:
+    """Whether kernels traced now may use `instructions`."""
+    if interpreting():
+        return True
+    try:
+        _give_all_results()
+    except NotImplementedError:
+        return False
+    return True
+
+
 @functools.cache
 def _give_all_results() -> None:
     """JAX's rule for inline assembly (0.4.34 to 0.12 at least) returns several results as one, which lowering refuses.
