@@ -6,8 +6,9 @@ printed for each case, with what else the device runs for it (activations split 
 cases share an entry of the file, the variant that is best for all of them together is written; and where an operation
 can go by byte products or on tensor cores, up to which number of assignments an expert the former are faster.
 
-Routed experts of IQ2_XXS and Q2_K: one to a few tokens are `integers_few`, short runs of IQ2_XXS `integers_runs`, other
-batches `integers`, and from `tuned.INTEGERS_UP_TO` assignments an expert on `grouped`, as the dispatch has it.
+Routed experts of IQ2_XXS and Q2_K: a few tokens are `integers_few` (of Q2_K a single one, others are `down`), short
+runs of IQ2_XXS `integers_runs`, other batches `integers`, and those of more than `tuned.INTEGERS_UP_TO` assignments an
+expert `grouped`, as the dispatch has it.
 
 usage: python scripts/tune_kernels.py [--ops matvec,swiglu,down,bytes,dense,grouped,integers_few,integers_runs,integers]
                                       [--formats Q8_0,…] [--quick] [--out ds4jax/pallas/tuned.json] [--budget 600]
@@ -46,7 +47,7 @@ KERNELS = ("matvec_", "swiglu_", "down_", "bytes_", "matmul_", "grouped_", "inte
 GATE, DOWN = ("IQ2_XXS", (E, F, D)), ("Q2_K", (E, D, F))
 PUBLISHED = [
     *(("grouped", *case, tokens) for tokens in (2048, 4096) for case in (GATE, DOWN)),
-    *(("integers_few", *case, 1) for case in (GATE, DOWN)), ("integers_runs", *GATE, 64),
+    *(("integers_few", *case, 1) for case in (GATE, DOWN)), ("down", *DOWN, 4), ("integers_runs", *GATE, 64),
     ("integers", *GATE, 256), *(("integers", *DOWN, tokens) for tokens in (64, 256)),
     ("dense", "Q8_0", (4096, 8192), 64), ("dense", "Q8_0", (32768, 1024), 64),
     *(("matvec", "Q8_0", shape, 1) for shape in ((4096, 2048), (512, 4096), (8, 1024, 4096), (1024, 4096),
