@@ -108,7 +108,8 @@ def matmul(
 ) -> Array:  # fmt: skip
     """`x[N, in] · w[out, in]ᵀ → [N, out]`, or `x[N, G, in] · w[G, out, in]ᵀ → [N, G, out]`; bfloat16 x.
 
-    Weights beyond ±1023 are infinite here. NotImplementedError where no kernel serves the call.
+    Weights beyond ±1023 are infinite here, and a row of activations below 1e-32 is zero. NotImplementedError where no
+    kernel serves the call.
     """
     stacked = x.ndim == 3
     N, K = x.shape[0], x.shape[-1]
@@ -120,6 +121,8 @@ def matmul(
     count, runs = K // unit, unit // 16
     steps = -(-count // _STEP)
     tuning = tuning or tuned.fragments(N, out, G, steps)
+    if steps % tuning.parts:
+        raise NotImplementedError(f"{steps} steps are not {tuning.parts} equal parts")
     stack, W, tiles = Stack(parts, format, codebook), tuning.warps, tuning.rows // lo.WARP_ROWS
     M = max(lo.WARP_COLUMNS, lo.power_of_two(N))
     cut, mine = tuning.parts, steps // tuning.parts

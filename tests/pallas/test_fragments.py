@@ -113,6 +113,8 @@ def test_refusals(rng):
     for a, b in ((x, w), (x[:9].astype(jnp.float32), w), (activations(rng, (9, 256)), weight(rng, "Q2_K", (19, 256)))):
         with pytest.raises(NotImplementedError, match=f"{len(a)} rows of {a.dtype} and weights in {b.format}"):
             product(a, b, shape())
+    with pytest.raises(NotImplementedError, match="2 steps are not 4 equal parts"):
+        product(x[:9], w, shape(parts=4))
 
 
 def packed(name, *shape):
