@@ -52,7 +52,7 @@ def test_shapes(rng, name, K, rows, tile, parts):
     assert error(product(x, w, shape(2, tile, parts)), plain(x, w)) < EXACT
 
 
-@pytest.mark.parametrize("name, K", [("Q8_0", 160), ("Q4_K", 256)])
+@pytest.mark.parametrize("name, K", [("Q8_0", 160), pytest.param("Q4_K", 256, marks=pytest.mark.full)])
 def test_any_weights(rng, name, K):
     w, x = weight(rng, name, (19, K)), activations(rng, (10, K))
     assert error(product(x, w, shape()), plain(x, w)) < HALF
