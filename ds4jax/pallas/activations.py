@@ -70,23 +70,35 @@ def split(x: Array, digits: int) -> Digits:
 
 def _split(x: Array, digits: int, blocks: int) -> tuple[list[Array], Array, Array]:
     """x [blocks, 32] → words [blocks, 8] of each digit, scale [blocks], sums [blocks, 2]."""
-    x = x.astype(jnp.float32)
-    top = 127.0 * 256.0 ** (digits - 1)  # so that the first digit never passes 127
-    finite = jnp.abs(x) < jnp.inf  # false for NaN, which a maximum may pass over
-    x = jnp.where(finite, x, 0)
-    peak = jnp.max(jnp.abs(x), axis=1)
-    scale = jnp.where(peak == 0, 1.0, peak / top)
-    whole = jnp.clip(lo.round_even(x / scale[:, None]), -top, top).astype(jnp.int32)
-    scale = jnp.where(jnp.max(jnp.where(finite, 0.0, 1.0), axis=1) > 0, jnp.nan, scale)
+    whole, scale = whole_numbers(x.astype(jnp.float32), digits)
     sums = jnp.sum(whole.reshape(blocks, 2, 16), axis=2).astype(jnp.float32) * scale[:, None]
     out = []
     for _ in range(digits):
         low = (whole << 24) >> 24  # signed; what it leaves out of `whole` is a multiple of 256
         out.append(low)
         whole = (whole - low) >> 8
-    return [_pack(d, blocks) for d in reversed(out)], scale, sums
+    return [pack(d.reshape(blocks, 8, 4)) for d in reversed(out)], scale, sums
 
 
-def _pack(digit: Array, blocks: int) -> Array:
-    quads = digit.reshape(blocks, 8, 4) & 255
-    return jnp.sum(quads << (8 * jnp.arange(4, dtype=jnp.int32)), axis=2)  # no two have a bit in common
+def whole_numbers(x: Array, digits: int) -> tuple[Array, Array]:
+    """Blocks x [blocks, …] → whole numbers of so many bytes of which the first does not pass 127, and what each block's
+    are to be multiplied with: float32 [blocks], NaN for a block that holds NaN or infinity."""
+
+    def most(of):
+        for axis in range(x.ndim - 1, 0, -1):
+            of = jnp.max(of, axis=axis)
+        return of
+
+    top = 127.0 * 256.0 ** (digits - 1)
+    finite = jnp.abs(x) < jnp.inf  # false for NaN, which a maximum may pass over
+    x = jnp.where(finite, x, 0)
+    peak = most(jnp.abs(x))
+    scale = jnp.where(peak == 0, 1.0, peak / top)
+    each = scale.reshape(-1, *[1] * (x.ndim - 1))
+    whole = jnp.clip(lo.round_even(x / each), -top, top).astype(jnp.int32)
+    return whole, jnp.where(most(jnp.where(finite, 0.0, 1.0)) > 0, jnp.nan, scale)
+
+
+def pack(digit: Array) -> Array:
+    """[…, 4] whole numbers → words of their low bytes."""
+    return jnp.sum((digit & 255) << (8 * jnp.arange(4, dtype=jnp.int32)), axis=-1)  # no two have a bit in common

@@ -93,9 +93,8 @@ def combine(y: Array, T: int, dtype: Any) -> Array:
     Written out, not reduced: XLA then makes it anew wherever it is used, and steering can sum over it in one launch.
     """
     of_token = y.reshape(T, -1, y.shape[-1])
-    return functools.reduce(jnp.add, [of_token[:, j].astype(jnp.float32) for j in range(of_token.shape[1])]).astype(
-        dtype
-    )
+    rows = [of_token[:, j].astype(jnp.float32) for j in range(of_token.shape[1])]
+    return functools.reduce(jnp.add, rows).astype(dtype)
 
 
 def swiglu(

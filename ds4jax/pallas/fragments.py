@@ -131,7 +131,7 @@ def matmul(
     def kernel(words_ref, undo_ref, *refs):
         stack_refs, out_ref = refs[:-1], refs[-1]
         g, part = pl.program_id(1) // cut, pl.program_id(1) % cut
-        warp, lane_g, t = lo.warp_lanes(W)
+        warp, lane_g, t = lo.Threads.of(W)
         row = (pl.program_id(0) * W + warp) * (lo.WARP_ROWS * tiles) + lane_g
         token = lambda n: jnp.minimum(n, N - 1) * G + g  # noqa: E731
         rows = [row + 16 * m + 8 * h for m in range(tiles) for h in range(2)]

@@ -111,9 +111,7 @@ def _mix(x_ref, fn_ref, out_ref):
     """One product, or the sum of squares, over one stream."""
     n, s, r = (pl.program_id(i) for i in range(3))
     d = jnp.arange(x_ref.shape[-1], dtype=jnp.int32)
-    x = lo.load(x_ref, (r, s, d)).astype(jnp.float32)
-    w = lo.load(fn_ref, (jnp.minimum(n, COUNT - 1), s, d)).astype(jnp.float32)
-    out_ref[r, s, n] = jnp.sum(x * jnp.where(n < COUNT, w, x))
+    _store_product(lo.load(x_ref, (r, s, d)).astype(jnp.float32), fn_ref, n, s, d, out_ref, r)
 
 
 def _mix_folded(x_ref, y_ref, post_ref, comb_ref, fn_ref, out_ref):
@@ -123,6 +121,10 @@ def _mix_folded(x_ref, y_ref, post_ref, comb_ref, fn_ref, out_ref):
     terms = [comb_ref[r, i, s] * lo.load(x_ref, (r, i, d)).astype(jnp.float32) for i in range(STREAMS)]
     y = lo.load(y_ref, (r, d)).astype(jnp.float32)
     x = (post_ref[r, s] * y + functools.reduce(jnp.add, terms)).astype(x_ref.dtype).astype(jnp.float32)
+    _store_product(x, fn_ref, n, s, d, out_ref, r)
+
+
+def _store_product(x: Array, fn_ref: Any, n: Any, s: Any, d: Array, out_ref: Any, r: Any) -> None:
     w = lo.load(fn_ref, (jnp.minimum(n, COUNT - 1), s, d)).astype(jnp.float32)
     out_ref[r, s, n] = jnp.sum(x * jnp.where(n < COUNT, w, x))
 

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 
-from ds4jax.pallas import decode, matvec, tuned
+from ds4jax.pallas import activations, decode, matvec, tuned
 from ds4jax.pallas import lowering as lo
 from ds4jax.pallas.experts import MAX_TOKENS, Stack, activation, combine, schedule
 
@@ -38,15 +38,6 @@ BLOCK = 256  # elements
 ROWS, COLUMNS = lo.WARP_ROWS, lo.WARP_COLUMNS  # of one instruction
 COPIES, COPIES_OF_FEW = 32, 16  # of a codebook's table, see `lowering.share`; a few tokens do not pay for more
 RUNS_UP_TO = 2  # assignments an expert, on average, up to which threads have runs of their own, where there is a choice
-_TOP = 127 * 256  # the largest whole number of two bytes of which the first does not pass 127
-
-
-class Threads(NamedTuple):
-    """A program's threads, numbered 4·g + t within their warp: int32 [32 · warps] each."""
-
-    warp: Array
-    g: Array
-    t: Array
 
 
 # ---- formats ---------------------------------------------------------------------------------------------------------
@@ -133,7 +124,7 @@ class Table(NamedTuple):
     @classmethod
     def of(cls, ref: Any, warps: int, copies: int) -> Table:
         first = _ENTRIES + 128 + 2 * (jnp.arange(32 * warps, dtype=jnp.int32) & 15)
-        return cls(lo.share(ref, warps, copies, _ENTRIES + 128), [_word(lo.load(ref, (first + i,))) for i in range(2)])
+        return cls(lo.share(ref, warps, copies, _ENTRIES + 128), [lo.load(ref, (first + i,)) for i in range(2)])
 
     def entry(self, codes: Array, signs: Array, e: int | Array) -> list[Array]:
         """The e-th of the four entries of words of IQ2_XXS: 8 signed bytes, two words."""
@@ -156,20 +147,12 @@ class Table(NamedTuple):
             ld.shared.b32 s, [s + {_ENTRIES * pitch}];
             or.b32 c, c, s; shr.u32 s, c, 16; prmt.b32 $0, $5, $6, c; prmt.b32 $1, $5, $6, s;
         }}"""
-        return lo.instructions(code, _words(args), [jnp.int32] * 2, twin)
+        return lo.instructions(code, args, [jnp.int32] * 2, twin)
 
 
 def _doubled_scale(signs: Array) -> Array:
     """Twice the four bits of a scale above the signs and a half."""
-    return _word(signs >> np.uint32(27) | np.uint32(1))
-
-
-def _word(x: Array) -> Array:
-    return x if x.dtype == jnp.int32 else jax.lax.bitcast_convert_type(x, jnp.int32)
-
-
-def _words(its: list[Array]) -> list[Array]:
-    return [_word(x) for x in its]
+    return signs >> np.uint32(27) | np.uint32(1)
 
 
 # ---- activations -----------------------------------------------------------------------------------------------------
@@ -204,20 +187,15 @@ def split(x: Array, how: Format, blocks: int) -> Digits:
         hood, two = jnp.arange(near, dtype=jnp.int32), jnp.arange(2, dtype=jnp.int32)
         place = (BLOCK * block[:, None] + 8 * hood)[:, :, None] + jnp.arange(8, dtype=jnp.int32)
         tile = lo.load(x_ref, (n, place), mask=place < K).astype(jnp.float32)  # [width, 32, 8]
-        finite = jnp.abs(tile) < jnp.inf
-        tile = jnp.where(finite, tile, 0)
-        peak = jnp.max(jnp.max(jnp.abs(tile), axis=2), axis=1)
-        scale = jnp.where(peak == 0, 1.0, peak / _TOP)
-        whole = jnp.clip(lo.round_even(tile / scale[:, None, None]), -_TOP, _TOP).astype(jnp.int32)
-        bad = jnp.max(jnp.max(jnp.where(finite, 0.0, 1.0), axis=2), axis=1) > 0
-        lo.store(scale_ref, (n, block), jnp.where(bad, jnp.nan, scale), mask=inside)
+        whole, scale = activations.whole_numbers(tile, 2)
+        lo.store(scale_ref, (n, block), scale, mask=inside)
         low = (whole << 24) >> 24
         span = (block // how.blocks)[:, None]
         first = 128 * how.blocks * span + lo.load(at_ref, (near * (block % how.blocks)[:, None] + hood,))
         live = inside[:, None, None] & (two >= 0)
         for i, digit in enumerate(((whole - low) >> 8, low)):
             at = first[:, :, None] + (4 * i + two)
-            lo.store(words_ref, (n, at), _pack(digit.reshape(width, near, 2, 4)), mask=live & (at >= 0))
+            lo.store(words_ref, (n, at), activations.pack(digit.reshape(width, near, 2, 4)), mask=live & (at >= 0))
             if sums_ref:
                 run = jnp.sum(jnp.sum(digit.reshape(width, 16, 2, 8), axis=3), axis=2)
                 sixteenths = (run + 8) >> 4
@@ -235,11 +213,6 @@ def split(x: Array, how: Format, blocks: int) -> Digits:
     return Digits(out[0], out[1], out[2] if how.sums else None)
 
 
-def _pack(digit: Array) -> Array:
-    """[…, 4] whole numbers → words of their low bytes."""
-    return jnp.sum((digit & 255) << (8 * jnp.arange(4, dtype=jnp.int32)), axis=-1)
-
-
 # ---- products --------------------------------------------------------------------------------------------------------
 
 
@@ -255,7 +228,7 @@ class Work:
     format: str
     how: Format
     tiles: list[tuple[decode.Tile, decode.Tile]]
-    threads: Threads
+    threads: lo.Threads
     table: Callable[[], Table | None]
     digits: list[Any]
     first: Array
@@ -301,7 +274,7 @@ def _run_product(
         code += _mma(c, arg[4 * i : 4 * i + 4], arg[4 * N + 2 * i : 4 * N + 2 * i + 2], c if i else ["z"] * 4, False)
     for j in range(4):
         code += f"mad.lo.s32 ${j}, {c[j]}, {arg[6 * N + (j >> 1)]}, {arg[6 * N + 2 + j]};"
-    return lo.instructions(code + "}", _words([*sum(a, []), *sum(b, []), *scales, *sums]), [jnp.int32] * 4, twin)
+    return lo.instructions(code + "}", [*sum(a, []), *sum(b, []), *scales, *sums], [jnp.int32] * 4, twin)
 
 
 def _by_runs(work: Work, width: int, row: Callable[[Any], Array]) -> list[list[list[list[Array]]]]:
@@ -397,7 +370,7 @@ def _token_product(
         c = ["c0", "c1", "c2", "c3"]
         code += _mma(c, arg[:4], b_i, ["z"] * 4, False)
         code += "".join(f"mad.lo.s32 {out[j]}, {c[j]}, {arg[4 + 2 * N + (j >> 1)]}, {its[j]};" for j in range(4))
-    return lo.instructions(code + "}", _words(args), [jnp.int32] * (4 * N), twin)
+    return lo.instructions(code + "}", args, [jnp.int32] * (4 * N), twin)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -577,7 +550,7 @@ def _experts(
             made = lookup()
             lookup = lambda: made  # noqa: E731
         named = [dict(zip(stack.parts, take(len(stack.parts)), strict=True)) for stack in stacks]
-        i, threads, base = pl.program_id(1), Threads(*lo.warp_lanes(W)), pl.program_id(0) * rows
+        i, threads, base = pl.program_id(1), lo.Threads.of(W), pl.program_id(0) * rows
         if few:  # here, because a launch of its own takes as long as routing
             expert = jnp.clip(plan_refs[0][i], 0, experts - 1)
         else:
@@ -597,7 +570,7 @@ def _experts(
                 threads.warp // (W // parts) * steps, steps, blocks - 1, tuning.ahead,
             )  # fmt: skip
             sums = work.products(width, lambda place: source(assignment(place)))
-            those = Threads(*lo.warp_lanes(W // parts))
+            those = lo.Threads.of(W // parts)
             row = base + ROWS * those.warp + those.g
             for c, places in enumerate(mine(width, those.t, how.runs)):
                 for e, place in enumerate(places):

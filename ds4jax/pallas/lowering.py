@@ -17,7 +17,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -373,12 +373,9 @@ def warp_product(a: Sequence[Array], b: Sequence[Array], c: Sequence[Array]) -> 
             [jnp.concatenate([wide(top), wide(top8)], 2), jnp.concatenate([wide(bottom), wide(bottom8)], 2)], 1
         )
         right = jnp.concatenate([wide(x) for x in pairs(b)], 2)  # [W, n, k]
-        exact = lax.Precision.HIGHEST
-        y = lax.dot_general(left, right, (((2,), (2,)), ((0,), (0,))), precision=exact)  # [W, 16, 8]
-        y = y.reshape(-1, 2, 8, 4, 2)
-        return [old + y[:, h, ..., e].reshape(old.shape) for old, (h, e) in zip(c, np.ndindex(2, 2), strict=True)]
+        return _add_dealt(left, right, c)
     code = "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
-    return instructions(code, [*(_bits(x) for x in (*a, *b)), *c], [jnp.float32] * 4, lambda *_: ())
+    return instructions(code, [*a, *b, *c], [jnp.float32] * 4, lambda *_: ())
 
 
 def instructions(
@@ -389,13 +386,14 @@ def instructions(
     code: `$0 …` are the results, then the arguments; blocks in braces may declare registers. args: of one shape.
     outs: the results' dtypes. Results are given registers that no argument has, so they may be written at any time.
     """
+    args = [a if a.dtype == jnp.float32 else _bits(a) for a in args]
     if interpreting():
         return list(twin(*args))
     _give_all_results()
     letters = ["f" if np.dtype(t) == np.float32 else "r" for t in (*outs, *(a.dtype for a in args))]
     constraints = ",".join(["=&" + c for c in letters[: len(outs)]] + letters[len(outs) :])
     shapes = [jax.ShapeDtypeStruct(args[0].shape, t) for t in outs]
-    kw = dict(args=list(args), constraints=constraints, pack=1, result_shape_dtypes=shapes)
+    kw = dict(args=args, constraints=constraints, pack=1, result_shape_dtypes=shapes)
     return list(_triton().elementwise_inline_asm(code, **kw))
 
 
@@ -434,10 +432,17 @@ def _give_all_results() -> None:
 WARP_ROWS, WARP_COLUMNS = 16, 8  # of a warp's product
 
 
-def warp_lanes(warps: int) -> tuple[Array, Array, Array]:
-    """A program's threads, numbered 4·g + t within their warp: warp, g and t, int32 [32 · warps] each."""
-    lane = jnp.arange(32 * warps, dtype=jnp.int32)
-    return lane >> 5, lane >> 2 & 7, lane & 3
+class Threads(NamedTuple):
+    """A program's threads, numbered 4·g + t within their warp: int32 [32 · warps] each."""
+
+    warp: Array
+    g: Array
+    t: Array
+
+    @classmethod
+    def of(cls, warps: int) -> Threads:
+        lane = jnp.arange(32 * warps, dtype=jnp.int32)
+        return cls(lane >> 5, lane >> 2 & 7, lane & 3)
 
 
 BYTES_PRODUCT = "mma.sync.aligned.m16n8k32.row.col.s32.{0}8.s8.s32"
@@ -455,7 +460,13 @@ def bytes_product(a: Sequence[Array], b: Sequence[Array], c: Sequence[Array], un
     left = [four(w) & 255 if unsigned else four(w) for w in a]
     left = jnp.concatenate([jnp.concatenate(left[::2], 2), jnp.concatenate(left[1::2], 2)], 1)  # [W, 16, 32]
     right = jnp.concatenate([four(w) for w in b], 2)  # [W, n, k]
-    y = lax.dot_general(left, right, (((2,), (2,)), ((0,), (0,)))).reshape(-1, 2, 8, 4, 2)
+    return _add_dealt(left, right, c)
+
+
+def _add_dealt(left: Array, right: Array, c: Sequence[Array]) -> list[Array]:
+    """c + left [W, 16, k] · right [W, 8, k]ᵀ, dealt as a warp's product is."""
+    y = lax.dot_general(left, right, (((2,), (2,)), ((0,), (0,))), precision=lax.Precision.HIGHEST)  # [W, 16, 8]
+    y = y.reshape(-1, 2, 8, 4, 2)
     return [old + y[:, h, ..., e].reshape(old.shape) for old, (h, e) in zip(c, np.ndindex(2, 2), strict=True)]
 
 
