@@ -4,7 +4,13 @@ Each line: kernel, format, shape, ‖kernel − exact‖ / ‖exact‖ with the 
 comparison what plain JAX reaches with bfloat16 activations. A kernel passes at 2e-3, or where rounding the result (and,
 on tensor cores, the weights) to bfloat16 alone costs more, at 1.5 times what plain JAX loses. Exit code 1 if one fails.
 
-usage: python scripts/check_gpu.py [--seed N] [--formats Q8_0,…] [--fast] [--only attention] [--threads 12]
+--tiny runs every kernel on little work, for a checker of memory; every buffer is then an allocation of its own, so that
+what reads or writes past one is seen:
+
+    compute-sanitizer --tool memcheck python scripts/check_gpu.py --tiny
+
+usage: python scripts/check_gpu.py [--seed N] [--formats Q8_0,…] [--fast | --tiny] [--only attention] [--threads 12]
+                                   [--verbose]
 """
 
 from __future__ import annotations
@@ -14,6 +20,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import itertools
+import os
 import secrets
 import sys
 import time
@@ -48,6 +55,9 @@ class Sizes:
     tokens: tuple[int, ...] = (33, 1000)
     entries: int = 1200
     chosen: int = 512
+
+
+TINY = Sizes(slots=(1, 9), tokens=(5, 259), entries=203, chosen=51)
 
 
 def layer_cases(sizes: Sizes, rng: np.random.Generator):
@@ -147,7 +157,7 @@ def layer_cases(sizes: Sizes, rng: np.random.Generator):
         yield f"hyper-connections, {R} rows", enter, given
 
 
-def cases(formats: list[str], fast: bool, rng: np.random.Generator, key):
+def cases(formats: list[str], rng: np.random.Generator, fast: bool = False, tiny: bool = False):
     """(name, function of (implementation, dtype, *arguments), arguments)."""
     normal = lambda *shape: jax.random.normal(jax.random.key(int(rng.integers(2**31))), shape, jnp.bfloat16)  # noqa: E731
     weight = lambda f, *shape: bench.random_weight(jax.random.key(int(rng.integers(2**31)), impl="rbg"), f, shape)  # noqa: E731
@@ -167,13 +177,16 @@ def cases(formats: list[str], fast: bool, rng: np.random.Generator, key):
         if f in fragments.FORMATS:
             ragged = 736 if f == "Q8_0" else 768  # no whole number of steps
             batch += (515, 768, 20), (515, ragged, 33), (2048, 4096, 9), (1024, 8192, 16)
+        if tiny:
+            few, batch = ((68, 1024, 1), (67, 768, 3)), ((67, 768, 70), (67, 768, 200))
+            batch += ((67, 736 if f == "Q8_0" else 768, 20),) if f in fragments.FORMATS else ()
         for out, K, rows in few + batch:
             if not fast or (out, rows) in ((2048, 1), (515, 8), (515, 100), (515, 20)):
                 yield f"matmul {f} [{rows}, {K}] · [{out}, {K}]", product, (normal(rows, K), weight(f, out, K))
         if not fast:
             for rows in (2, 20) if f in fragments.FORMATS else (2,):
                 yield f"matmul {f} stack of 8, {rows} rows", product, (normal(rows, 8, 1024), weight(f, 8, 256, 1024))
-        E, F, D, k = 32, 512, 1024, 6
+        E, F, D, k = (8, 256, 768, 2) if tiny else (32, 512, 1024, 6)
         gate, up, last = weight(f, E, F, D), weight(f, E, F, D), weight(f, E, D, F)
         # by what they run on: an assignment a program; byte products, or tensor cores of integers; tensor cores
         few, batch, many = ((1, "random"), (8, "random"), (8, "one expert")), ((20, "random"), (26, "one expert")), (
@@ -183,7 +196,9 @@ def cases(formats: list[str], fast: bool, rng: np.random.Generator, key):
         if f in integers.TOKENS:  # threads with runs of their own, and almost as many assignments as go there
             runs = (10, "random")
             some, batch = (*some, runs), (*batch, runs, (120, "random"))
-        for tokens, which in some if fast else few + batch + many:
+        if tiny:  # byte products of one format alone: nothing takes longer to compile
+            some = few[0], *(batch[:1] if f == "Q8_0" or f in integers.TOKENS else ()), (100, "random")
+        for tokens, which in some if fast or tiny else few + batch + many:
             ids = np.full((tokens, k), 5) if which == "one expert" else rng.integers(0, E - 3, (tokens, k))
             ids = jnp.asarray(ids, jnp.int32)  # the last three experts stay empty
             weights = jnp.asarray(rng.random((tokens, k)), jnp.float32)
@@ -197,46 +212,75 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--formats", default="")
     parser.add_argument("--fast", action="store_true", help="fewer formats and shapes")
+    parser.add_argument("--tiny", action="store_true", help="every kernel on little work, for a checker of memory")
+    parser.add_argument("--verbose", action="store_true", help="print to stderr what is being compiled")
     parser.add_argument("--only", default="", help="kernels with this in their name")
     parser.add_argument("--threads", type=int, default=12)
     args = parser.parse_args()
+    if args.tiny:  # read when JAX first looks for a device
+        os.environ.setdefault("XLA_PYTHON_CLIENT_ALLOCATOR", "platform")
     if reason := lowering.device_reason():
         print(f"check_gpu: {reason}", file=sys.stderr)
         return 2
     seed = args.seed if args.seed is not None else secrets.randbits(31)
-    formats = (
-        args.formats.split(",") if args.formats else [f for f in decode.DECODERS if not args.fast or f in PUBLISHED]
-    )
-    print(f"{lowering.device_kind()}, jax {jax.__version__}, seed {seed}")
+    some = PUBLISHED if args.fast or args.tiny else decode.DECODERS
+    formats = args.formats.split(",") if args.formats else [f for f in decode.DECODERS if f in some]
+    print(f"{lowering.device_kind()}, jax {jax.__version__}, seed {seed}", flush=True)
     begin, failed, n = time.monotonic(), [], 0
 
-    def build(fn, arguments):
+    def build(name, fn, arguments):
         versions = (("pallas", jnp.bfloat16), ("xla", jnp.bfloat16), ("xla", jnp.float32))
+        start = time.monotonic()
+        if args.verbose:  # what has begun and not ended is what a compiler that ends the process was at
+            print(f"compiling {name}", file=sys.stderr, flush=True)
         # else XLA leaves out plain JAX's own rounding to bfloat16 in the midst of a fusion
         options = {"xla_allow_excess_precision": False}
-        return [jax.jit(lambda *a, v=v: fn(*v, *a)).lower(*arguments).compile(options) for v in versions]
+        if args.tiny:  # nothing is timed, least of all by a checker of memory
+            options["xla_gpu_autotune_level"] = 0
+        built = [jax.jit(lambda *a, v=v: fn(*v, *a)).lower(*arguments).compile(options) for v in versions]
+        if args.verbose:
+            print(f"compiled {name} in {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+        return built
+
+    def compare(name, arguments, job):
+        nonlocal n
+        n += 1
+        try:
+            ours, plain, exact = (run(*arguments) for run in job.result())
+            mine, theirs = error(ours, exact), error(plain, exact)
+            again = np.array_equal(np.asarray(ours), np.asarray(job.result()[0](*arguments)), equal_nan=True)
+            good = mine <= max(2e-3, 1.5 * theirs) and again
+            note = "" if good else "FAILED" if again else "FAILED: changes from run to run"
+            print(f"{mine:8.1e}  (plain bf16 {theirs:.1e})  {name}  {note}")
+        except Exception as e:  # what does not compile or run is a failure of its line
+            good = False
+            print(f"{'':8}  {name}  FAILED: {type(e).__name__}: {str(e).splitlines()[0][:120]}")
+        if not good:
+            failed.append(name)
+        sys.stdout.flush()
+
+    def settle(running, most):
+        """Compare what is compiled by now, and wait while more than `most` cases are not."""
+        while running:
+            wait = None if len(running) > most else 0
+            done, _ = concurrent.futures.wait(running, wait, concurrent.futures.FIRST_COMPLETED)
+            if not done:
+                return
+            for job in done:
+                compare(*running.pop(job), job)
 
     rng = np.random.default_rng(seed)
-    every = itertools.chain(layer_cases(Sizes(), rng), cases(formats, args.fast, rng, jax.random.key(seed)))
+    if args.tiny:
+        every = itertools.chain(layer_cases(TINY, rng), cases(formats, rng, tiny=True))
+    else:
+        every = itertools.chain(layer_cases(Sizes(), rng), cases(formats, rng, args.fast))
+    running = {}
     with concurrent.futures.ThreadPoolExecutor(args.threads) as pool:
-        todo = [
-            (name, arguments, pool.submit(build, fn, arguments)) for name, fn, arguments in every if args.only in name
-        ]
-        for name, arguments, job in todo:
-            n += 1
-            try:
-                ours, plain, exact = (run(*arguments) for run in job.result())
-                mine, theirs = error(ours, exact), error(plain, exact)
-                again = np.array_equal(np.asarray(ours), np.asarray(job.result()[0](*arguments)), equal_nan=True)
-                good = mine <= max(2e-3, 1.5 * theirs) and again
-                note = "" if good else "FAILED" if again else "FAILED: changes from run to run"
-                print(f"{mine:8.1e}  (plain bf16 {theirs:.1e})  {name}  {note}")
-            except Exception as e:  # what does not compile or run is a failure of its line
-                good = False
-                print(f"{'':8}  {name}  FAILED: {type(e).__name__}: {str(e).splitlines()[0][:120]}")
-            if not good:
-                failed.append(name)
-            sys.stdout.flush()
+        for name, fn, arguments in every:
+            if args.only in name:
+                running[pool.submit(build, name, fn, arguments)] = name, arguments
+                settle(running, 2 * args.threads)
+        settle(running, 0)
     print(f"{n - len(failed)} of {n} kernels agree, {time.monotonic() - begin:.0f} s")
     for name in failed:
         print(f"FAILED {name}")

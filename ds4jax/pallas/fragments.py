@@ -95,7 +95,7 @@ def halves(x: Array, order: np.ndarray) -> tuple[Array, Array]:
         lo.loop(-(-pairs // width), body, 0)
 
     shapes = [jax.ShapeDtypeStruct((rows, pairs), jnp.int32), jax.ShapeDtypeStruct((rows,), jnp.float32)]
-    tuning = lo.Tuning(warps=max(1, min(16, K // 256)), stages=1)
+    tuning = lo.Tuning(warps=lo.warps_for(K), stages=1)
     return lo.call(kernel, shapes, x, jnp.asarray(order), grid=(rows,), tuning=tuning, name="halves")
 
 

@@ -64,7 +64,7 @@ def enter(
 
 def _short(D: int) -> lo.Tuning:
     """So many threads that each has 8 channels: a kernel that runs for a microsecond also waits for its own code."""
-    return lo.Tuning(warps=max(1, min(16, D // 256)), stages=1)
+    return lo.Tuning(warps=lo.warps_for(D), stages=1)
 
 
 def finish(

@@ -108,6 +108,11 @@ def power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
+def warps_for(n: int) -> int:
+    """Warps of a program whose threads have some 8 of n numbers each, at most 16: a power of two, as they must be."""
+    return min(16, power_of_two(max(1, n // 256)))
+
+
 def device_kind() -> str:
     """Name of JAX's default device, as tuning files know it."""
     return jax.devices()[0].device_kind
@@ -144,6 +149,8 @@ def call(
 
     aliases: which argument an output shares its memory with: it begins as what the argument holds.
     """
+    if tuning.warps != power_of_two(tuning.warps):  # XLA's compiler would end the process
+        raise ValueError(f"kernel {name}: {tuning.warps} warps are no power of two")
     shared = {"input_output_aliases": aliases or {}}
     if interpreting():
         return pl.pallas_call(kernel, out_shape=out, grid=grid, interpret=True, name=name, **shared)(*args)

@@ -136,6 +136,13 @@ def test_lowers_for_cuda(name, rows):
     assert f"fragments_{name.lower()}" in text(name, (rows, 8, 1024), 8, 256, 1024)
 
 
+def test_rows_that_no_power_of_two_of_warps_divides():
+    assert "fragments_" in text("Q8_0", (20, 768), 64, 768)
+    assert [lowering.warps_for(n) for n in (32, 256, 736, 768, 1536, 4096, 8192)] == [1, 1, 2, 4, 8, 16, 16]
+    with pytest.raises(ValueError, match="kernel k: 3 warps"):
+        lowering.call(None, None, grid=(1,), tuning=lowering.Tuning(warps=3), name="k")
+
+
 def test_which_calls(rng):
     assert "fragments_" not in text("Q8_0", (8, 256), 64, 256) and "fragments_" not in text("Q8_0", (65, 256), 64, 256)
     assert "fragments_" not in text("Q2_K", (33, 256), 64, 256)
