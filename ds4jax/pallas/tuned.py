@@ -80,6 +80,15 @@ def matvec(format: str, N: int, out: int, K: int) -> Tuning:
     return dataclasses.replace(t, rows=rows)
 
 
+def direct(rows: int, K: int) -> Tuning:
+    """For Q8_0 weights of `rows` rows in all: enough warps to fill a device, by cutting the input into parts, but four
+    steps of 64 elements for each."""
+    warps, parts = -(-rows // 16), 1
+    while warps * parts < 2048 and parts < 8 and K % (512 * parts) == 0:
+        parts *= 2
+    return Tuning(warps=max(4, parts), stages=1, parts=parts, ahead=4)
+
+
 def fragments(N: int, out: int, matrices: int, steps: int) -> Tuning:
     """For N rows of activations and `matrices` of [out, steps · …]: enough programs to fill a device, by cutting the
     input into parts."""

@@ -60,6 +60,60 @@ def test_a_stack_takes_each_groups_own_activations(rng):
     np.testing.assert_allclose(y, want, atol=2e-6 * np.abs(want).max())
 
 
+def q8(rng, out, K):
+    """Random codes, -128 among them, and scales of many sizes."""
+    codes = rng.integers(-128, 128, (out, K)).astype(np.int8)
+    d = (rng.choice([-1, 1], (out, K // 32)) * 2.0 ** rng.uniform(-20, 3, (out, K // 32))).astype(np.float16)
+    return quant.QuantizedArray({"codes": jnp.asarray(codes), "d": jnp.asarray(d.view(np.uint16))}, "Q8_0")
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize(
+    "out, K, tuning",
+    [
+        (1, 64, dict(warps=4)), (15, 128, dict(warps=4)), (130, 192, dict(warps=8, ahead=4)), (17, 1024, None),
+        (130, 1024, dict(warps=4, parts=2, ahead=4)), (17, 1024, dict(warps=4, parts=2, ahead=8)),
+        (33, 4096, dict(warps=8, parts=8, ahead=2)), (15, 4096, None),
+    ],
+)  # fmt: skip
+def test_bytes_on_tensor_cores_equal_float64(rng, rows, out, K, tuning):
+    x, w = jnp.asarray(rng.normal(size=(rows, K)), jnp.bfloat16), q8(rng, out, K)
+    with lowering.interpreted():
+        (y,) = direct.products(x, [(w.parts, w.format)], [jnp.float32], tuning and lowering.Tuning(**tuning))
+    want = exact(x, w)
+    np.testing.assert_allclose(y, want, rtol=0, atol=2e-6 * np.abs(want).max())
+
+
+def test_each_byte_is_exactly_a_bfloat16(rng):
+    words = jnp.arange(-128, 128, dtype=jnp.int8).reshape(64, 4)
+    with lowering.interpreted():
+        pairs = lowering.bfloats_of_bytes(lowering.words_of_bytes(words)[:, 0])
+    got = np.stack([np.asarray(jax.lax.bitcast_convert_type(p, jnp.bfloat16), np.float32) for p in pairs], 1)
+    np.testing.assert_array_equal(64 * got.reshape(-1), np.arange(-128, 128))
+
+
+@pytest.mark.parametrize("N, G, out, K", [(1, 8, 16, 256), (2, 3, 48, 512), (2, 3, 24, 512)])
+def test_a_stack_of_bytes(rng, N, G, out, K):  # of 24 rows a group, warps would take two groups' at once
+    x, w = jnp.asarray(rng.normal(size=(N, G, K)), jnp.bfloat16), weight(rng, "Q8_0", (G, out, K))
+    with lowering.interpreted():
+        y = quant.matmul(x, w, out_dtype=jnp.float32, implementation="pallas")
+    want = np.einsum("ngk,gok->ngo", np.float64(x), np.float64(quant.dequantize(w)))
+    np.testing.assert_allclose(y, want, atol=2e-6 * np.abs(want).max())
+
+
+def test_what_is_no_number_stays_in_its_row(rng):
+    x, w = rng.normal(size=(2, 256)), q8(rng, 33, 256)
+    x[1, 70] = np.inf
+    w.parts["d"] = w.parts["d"].at[20, 3].set(0x7E00)
+    with lowering.interpreted():
+        y = np.asarray(quant.matmul(jnp.asarray(x, jnp.bfloat16), w, out_dtype=jnp.float32, implementation="pallas"))
+        x[1, 70] = np.nan
+        z = np.asarray(quant.matmul(jnp.asarray(x, jnp.bfloat16), w, out_dtype=jnp.float32, implementation="pallas"))
+    assert not np.isfinite(y[1]).any() and np.isnan(z[1]).all()
+    for of in (y, z):
+        assert np.isnan(of[0, 20]) and np.isfinite(np.delete(of[0], 20)).all()
+
+
 def test_nan_and_zero_rows(rng):
     x = jnp.asarray(np.stack([np.zeros(256), np.full(256, np.nan)]), jnp.float32)
     with lowering.interpreted():
