@@ -33,7 +33,8 @@ from ds4jax import quant
 from ds4jax.model import attention, heads, hyper_connections, moe
 from ds4jax.model.layers import angles, rope_frequencies
 from ds4jax.pallas import attention as attention_kernels
-from ds4jax.pallas import decode, fragments, indexer, integers, lowering
+from ds4jax.pallas import decode, expand, fragments, indexer, integers, lowering
+from ds4jax.quant.matmul import codebook
 from ds4jax.runtime import bench
 from ds4jax.weights import synthetic
 
@@ -162,6 +163,11 @@ def cases(formats: list[str], rng: np.random.Generator, fast: bool = False, tiny
     normal = lambda *shape: jax.random.normal(jax.random.key(int(rng.integers(2**31))), shape, jnp.bfloat16)  # noqa: E731
     weight = lambda f, *shape: bench.random_weight(jax.random.key(int(rng.integers(2**31)), impl="rbg"), f, shape)  # noqa: E731
 
+    def expanded(how, dtype, w):
+        if how == "pallas":
+            return expand.expand(w.parts, w.format, w.shape[-1], dtype, codebook(w.format))
+        return quant.dequantize(w, dtype)
+
     def product(how, dtype, x, w):
         return quant.matmul(x.astype(dtype), w, out_dtype=jnp.float32, implementation=how)
 
@@ -174,6 +180,7 @@ def cases(formats: list[str], rng: np.random.Generator, fast: bool = False, tiny
     for f in formats:
         # by what they run on: byte products up to 8 rows; tensor cores, for some formats up to 64 rows from registers
         few, batch = ((2048, 4096, 1), (515, 768, 8), (1024, 2048, 3)), ((515, 768, 100), (4096, 4096, 64))
+        batch += ((515, 768, 300),)  # by an expanded weight
         if f in fragments.FORMATS:
             ragged = 736 if f == "Q8_0" else 768  # no whole number of steps
             batch += (515, 768, 20), (515, ragged, 33), (2048, 4096, 9), (1024, 8192, 16)
@@ -181,10 +188,12 @@ def cases(formats: list[str], rng: np.random.Generator, fast: bool = False, tiny
             few, batch = ((68, 1024, 1), (67, 768, 3)), ((67, 768, 70), (67, 768, 200))
             batch += ((67, 736 if f == "Q8_0" else 768, 20),) if f in fragments.FORMATS else ()
         for out, K, rows in few + batch:
-            if not fast or (out, rows) in ((2048, 1), (515, 8), (515, 100), (515, 20)):
+            if not fast or (out, rows) in ((2048, 1), (515, 8), (515, 100), (515, 20), (515, 300)):
                 yield f"matmul {f} [{rows}, {K}] · [{out}, {K}]", product, (normal(rows, K), weight(f, out, K))
+        for shape in ((515, 768),) if fast or tiny else ((515, 768), (3, 130, 1024), (4096, 8192)):
+            yield f"expand {f} {list(shape)}", expanded, (weight(f, *shape),)
         if not fast:
-            for rows in (2, 20) if f in fragments.FORMATS else (2,):
+            for rows in (2, 20, 130) if f in fragments.FORMATS else (2, 130):
                 yield f"matmul {f} stack of 8, {rows} rows", product, (normal(rows, 8, 1024), weight(f, 8, 256, 1024))
         E, F, D, k = (8, 256, 768, 2) if tiny else (32, 512, 1024, 6)
         gate, up, last = weight(f, E, F, D), weight(f, E, F, D), weight(f, E, D, F)

@@ -93,11 +93,16 @@ class Tile:
 
     def half(self, name: str, index: Array) -> Array:
         """float16 bits as float32 [L, R]."""
-        return lax.bitcast_convert_type(self.part(name, index), jnp.float16).astype(jnp.float32)
+        return half(self.part(name, index))
 
     def code(self, name: str, index: Array) -> Array:
         """Small integers as int32 [L, R]."""
         return self.part(name, index).astype(jnp.int32)
+
+
+def half(bits: Array) -> Array:
+    """float16 bits as float32."""
+    return lax.bitcast_convert_type(bits, jnp.float16).astype(jnp.float32)
 
 
 def _f(x: Array) -> Array:
@@ -251,15 +256,24 @@ def _iq4_xs(t: Tile, u: Array, values: np.ndarray) -> Iterator[Run]:
 # ---- floats ----------------------------------------------------------------------------------------------------------
 
 
-def _fp8_128(t: Tile, u: Array) -> Iterator[Run]:
-    codes = t.part("codes", (16 * u)[:, None] + jnp.arange(16, dtype=jnp.int32)).astype(jnp.int32)
-    # e4m3's bits, moved, are float16's with an exponent 8 too small; subnormals come out right too
+def e4m3(codes: Array) -> Array:
+    """e4m3's bits → float32, 2^-8 of the number that they are."""
+    codes = codes.astype(jnp.int32)
+    # moved, they are float16's with an exponent 8 too small; subnormals come out right too
     bits = ((codes & 0x7F) << 7 | (codes & 0x80) << 8).astype(jnp.int16)
-    number = lax.bitcast_convert_type(bits, jnp.float16).astype(jnp.float32)
-    number = jnp.where((codes & 0x7F) == 0x7F, jnp.float32(np.nan), number)
-    e = t.code("scales", u >> 3)
+    return jnp.where((codes & 0x7F) == 0x7F, jnp.float32(np.nan), half(bits))
+
+
+def e4m3_scale(e: Array) -> Array:
+    """e8m0's bits → float32, the scale of what `e4m3` gives."""
+    e = e.astype(jnp.int32)
     scale = jnp.where(e == 255, jnp.float32(np.nan), lax.bitcast_convert_type(jnp.maximum(e, 1) << 23, jnp.float32))
-    yield Run(u, None, 256.0 * scale, floats=number)
+    return 256.0 * scale
+
+
+def _fp8_128(t: Tile, u: Array) -> Iterator[Run]:
+    codes = t.part("codes", (16 * u)[:, None] + jnp.arange(16, dtype=jnp.int32))
+    yield Run(u, None, e4m3_scale(t.code("scales", u >> 3)), floats=e4m3(codes))
 
 
 # ---- codebooks -------------------------------------------------------------------------------------------------------

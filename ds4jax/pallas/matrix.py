@@ -26,7 +26,6 @@ from ds4jax.pallas.experts import Stack, activation, combine, schedule
 Array = jax.Array
 
 PROGRAMS = 512  # that a device runs at once, or more
-MAX_ROWS = 256  # from here on, expanding the weight once and a plain product is faster
 
 
 def _check(dtype: Any, K: int, *formats: str) -> None:

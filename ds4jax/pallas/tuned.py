@@ -34,6 +34,10 @@ _DEFAULT = {
 }
 _STEP = 128  # elements of a row that a tensor-core kernel decodes at a time
 
+# rows of activations from which on a weight is expanded and multiplied by a plain product; to be measured
+EXPAND_FROM = 129
+_EXPANDED = 4096  # elements that a program expands: of bytes, four stores of a thread
+
 BYTES_UP_TO = 8  # assignments an expert, on average, up to which a batch's experts go by byte products
 INTEGERS_UP_TO = 24  # the same, of products on integer tensor cores
 
@@ -78,6 +82,12 @@ def matvec(format: str, N: int, out: int, K: int) -> Tuning:
     while rows > 1 and (out // rows < programs or rows * N > 32):
         rows //= 2
     return dataclasses.replace(t, rows=rows)
+
+
+def expand(unit: int) -> Tuning:
+    """For a kernel whose threads expand units of `unit` elements."""
+    warps = 4
+    return Tuning(units=max(32 * warps, _EXPANDED // unit), warps=warps, stages=1)
 
 
 def direct(rows: int, K: int) -> Tuning:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 
 from ds4jax.errors import DS4Error
-from ds4jax.pallas import direct, fragments, lowering, matrix, matvec
+from ds4jax.pallas import direct, expand, fragments, lowering, matrix, matvec, tuned
 from ds4jax.quant import api
 from ds4jax.quant.array import QuantizedArray
 from ds4jax.quant.decode import dequantize, grid, iq4_values
@@ -69,23 +69,29 @@ def tiles(out: int, n: int, dtype: Any) -> tuple[int, int]:
 
 
 def row_tile(w: QuantizedArray, start: Any, rows: int, dtype: Any) -> jax.Array:
-    """Rows [start, start + rows) of a packed [out, in] matrix, decoded."""
+    """Rows [start, start + rows) of a packed [out, in] matrix, decoded; all of them where rows is out."""
+    if rows == w.shape[0]:
+        return dequantize(w, dtype)
     cut = {name: lax.dynamic_slice_in_dim(p, start, rows, 0) for name, p in w.parts.items()}
     return dequantize(QuantizedArray(cut, w.format), dtype)
 
 
 def packed_forward(x: jax.Array, w: QuantizedArray, out_dtype: Any) -> jax.Array:
     """x[N, in] · w[out, in]ᵀ → [N, out], one tile of rows at a time. Not differentiable."""
-    out, n = w.shape
+    return _by_tiles(x, *w.shape, out_dtype, lambda start, rows: row_tile(w, start, rows, x.dtype))
+
+
+def _by_tiles(x: jax.Array, out: int, n: int, out_dtype: Any, tile: Callable[[Any, int], jax.Array]) -> jax.Array:
+    """`packed_forward` of a weight [out, n] whose rows [start, start + rows) `tile(start, rows)` gives."""
     count, rows = tiles(out, n, x.dtype)
     wide = np.promote_types(x.dtype, out_dtype)  # as in `_plain`: a cast of its own would move all results once more
     if count == 1:
-        return contract(x, dequantize(w, x.dtype), (1, 1), wide).astype(out_dtype)
+        return contract(x, tile(0, out), (1, 1), wide).astype(out_dtype)
 
     def body(i, y):
         start = jnp.minimum(i * rows, out - rows)
-        tile = contract(x, row_tile(w, start, rows, x.dtype), (1, 1), wide).astype(out_dtype)
-        return lax.dynamic_update_slice_in_dim(y, tile, start, 1)
+        part = contract(x, tile(start, rows), (1, 1), wide).astype(out_dtype)
+        return lax.dynamic_update_slice_in_dim(y, part, start, 1)
 
     return lax.fori_loop(0, count, body, zeros_after(x, (x.shape[0], out), out_dtype))
 
@@ -103,7 +109,7 @@ def packed_backward(g: jax.Array, w: QuantizedArray, dtype: Any) -> jax.Array:
     count, rows = tiles(out, n, dtype)
     g = g.astype(dtype)
     if count == 1:
-        return contract(g, dequantize(w, dtype), (1, 0))
+        return contract(g, row_tile(w, 0, out, dtype), (1, 0))
 
     def body(i, dx):
         start = jnp.minimum(i * rows, out - rows)
@@ -210,6 +216,30 @@ def _kernel(x: jax.Array, w: QuantizedArray, out_dtype: Any) -> jax.Array:
 _kernel.defvjp(lambda x, w, out_dtype: (_kernel(x, w, out_dtype), (w, jnp.zeros((0,), x.dtype))), _packed_bwd)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _expanded(x: jax.Array, w: QuantizedArray, out_dtype: Any) -> jax.Array:
+    # x as in `_packed`
+    def expanded(**rows):
+        return expand.expand(w.parts, w.format, w.shape[-1], x.dtype, codebook(w.format), **rows)
+
+    if w.size <= tile_size(x.dtype):
+        return _plain(x, expanded(), out_dtype)
+    *G, out, n = w.shape
+    if not G:
+        return _by_tiles(x, out, n, out_dtype, lambda start, rows: expanded(start=start, rows=rows))
+
+    def body(g, y):
+        # a kernel takes all of the stack and a row's number: of a slice, it would be given a copy
+        one = lax.dynamic_index_in_dim(x, g, 1, keepdims=False)
+        part = _by_tiles(one, out, n, out_dtype, lambda start, rows: expanded(start=g * out + start, rows=rows))
+        return lax.dynamic_update_index_in_dim(y, part, g, 1)
+
+    return lax.fori_loop(0, *G, body, zeros_after(x, (x.shape[0], *G, out), out_dtype))
+
+
+_expanded.defvjp(lambda x, w, out_dtype: (_expanded(x, w, out_dtype), (w, jnp.zeros((0,), x.dtype))), _packed_bwd)
+
+
 def _pallas(x: jax.Array, w: Any, out_dtype: Any) -> jax.Array:
     if not isinstance(w, QuantizedArray):
         raise NotImplementedError("plain weights are XLA's")
@@ -217,9 +247,12 @@ def _pallas(x: jax.Array, w: Any, out_dtype: Any) -> jax.Array:
     with contextlib.suppress(NotImplementedError):
         return _pallas_many(x, (w,), (out_dtype,))[0]
     lead = x.shape[: x.ndim - (w.ndim - 1)]
-    if not 1 <= math.prod(lead) <= matrix.MAX_ROWS:
-        raise NotImplementedError(f"{math.prod(lead)} rows: expanding the weight once costs less")
-    y = _kernel(x.reshape(math.prod(lead), *x.shape[len(lead) :]), w, out_dtype)
+    rows = math.prod(lead)
+    if not rows:
+        raise NotImplementedError("no rows")
+    flat = x.reshape(rows, *x.shape[len(lead) :])
+    product = _kernel if rows < tuned.EXPAND_FROM else _expanded
+    y = product(flat, w, out_dtype)
     return y.reshape(*lead, *y.shape[1:])
 
 
