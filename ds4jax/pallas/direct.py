@@ -7,7 +7,8 @@ indexer) starts once instead of once each. Other formats decode to bytes first (
 Q8_0 meets bfloat16 activations on tensor cores, a warp's 16 rows at a time, and nothing passes from thread to thread
 (as in `integers`): of the four threads that share a row each has 16 neighbouring codes, which are bfloat16 numbers
 exactly, and two of eight columns belong to it, the two rows of activations at its own elements, zero for the other
-three. So the products of a scale's codes arrive at a thread that knows the scale.
+three. So the products of a scale's codes arrive at a thread that knows the scale. An RMS norm of the activations may
+come first: each program makes it of its own, while its first codes are on their way.
 """
 
 from __future__ import annotations
@@ -59,8 +60,11 @@ class _Numbers:
         self.steps = units // self.threads
         self.programs = -(-self.rows // self.R)
 
-    def products(self, refs: Sequence[Any], x_ref: Any, out_ref: Any, block: Any, G: int, N: int) -> None:
+    def products(
+        self, refs: Sequence[Any], x_ref: Any, out_ref: Any, block: Any, G: int, N: int, norm: tuple[Any, float] | None
+    ) -> None:
         """A block's rows, times each row of activations."""
+        assert norm is None
         row = block * self.R + jnp.arange(self.R, dtype=jnp.int32)
         here = jnp.minimum(row, self.rows - 1) if self.rows % self.R else row
         group = lax.div(block * self.R, self.per_group) if G > 1 else 0
@@ -105,12 +109,28 @@ class _Bytes:
         self.parts = math.gcd(steps, tuning.parts)
         self.steps = steps // self.parts
         self.ahead = math.gcd(self.steps, tuning.ahead)
-        self.early = tuning.stages > 1
         self.R = lo.WARP_ROWS * warps // self.parts
         self.programs = -(-self.rows // self.R)
 
-    def products(self, refs: Sequence[Any], x_ref: Any, out_ref: Any, block: Any, G: int, N: int) -> None:
-        """A block's rows, times each row of activations."""
+    def _normed(self, x_ref: Any, weight_ref: Any, eps: float, N: int) -> lo.SharedWords:
+        """Rows of activations after their norm, in pairs of bfloat16."""
+        threads = 32 * self.warps
+        lane, four = jnp.arange(threads, dtype=jnp.int32)[:, None], jnp.arange(4, dtype=jnp.int32)
+        places = [4 * (lane + at) + four for at in range(0, self.K // 4, threads)]
+        x = [[lo.load(x_ref, (n, at)).astype(jnp.float32) for at in places] for n in range(N)]
+        weights = [lo.load(weight_ref, (at,)).astype(jnp.float32) for at in places]
+        words = []
+        for row in x:
+            square = jnp.sum(sum(jnp.sum(its * its, axis=1) for its in row))
+            scale = lax.rsqrt(square / self.K + eps)
+            for its, weight in zip(row, weights, strict=True):
+                words += lo.unstack(lo.words_of_halves((its * scale * weight).astype(x_ref.dtype)))
+        return lo.share_words(words)
+
+    def products(
+        self, refs: Sequence[Any], x_ref: Any, out_ref: Any, block: Any, G: int, N: int, norm: tuple[Any, float] | None
+    ) -> None:
+        """A block's rows, times each row of activations. norm: a ref of weights, and eps."""
         those, ahead = self.warps // self.parts, self.ahead
         warp, g, t = lo.Threads.of(self.warps)
         base = block * self.R + lo.WARP_ROWS * (warp % those)
@@ -118,7 +138,7 @@ class _Bytes:
         group = jnp.minimum(base, self.rows - 1) // self.per_group if G > 1 else 0
         n = g & 1
         x_row = (jnp.minimum(n, N - 1) * G + group)[:, None]
-        own = jnp.broadcast_to(((g >> 1 == t) & (n < N))[:, None], (*t.shape, 8))
+        own = (g >> 1 == t) & (n < N)
         first = (warp // those) * self.steps
         zero = jnp.zeros(t.shape, jnp.float32)
 
@@ -137,17 +157,21 @@ class _Bytes:
             words = [[lo.unstack4(lo.words_of_bytes(its)) for its in of_step] for of_step in codes]
             return words, [[half for its in of_row for half in lo.unstack(its)] for of_row in d]
 
-        def turn(i, carry):
-            loaded, totals = carry
+        def eight(at, further, shared):
+            """A thread's eight elements of its row of activations, in words."""
+            if shared is None:
+                mask = jnp.broadcast_to(own[:, None], (*t.shape, 8))
+                x = lo.load(x_ref, (x_row, neighbours(at + further, 8)), mask=mask)
+                return lo.unstack4(lo.words_of_halves(x))
+            return lo.four_shared(shared, (self.K * n + at) >> 1, further >> 1, own)
+
+        def turn(i, totals, loaded=None, shared=None):
             step = first + i * ahead
             codes, d = loaded or load(step)
-            if loaded:
-                loaded = load(first + jnp.minimum(i + 1, turns - 1) * ahead)
-            lo.loads_first()
+            if not loaded:
+                lo.loads_first()
             for j in range(ahead):
-                at = STEP * (step + j) + 16 * t
-                x = [lo.load(x_ref, (x_row, neighbours(at + i, 8)), mask=own) for i in (0, 8)]
-                b = [word for its in x for word in lo.unstack4(lo.words_of_halves(its))]
+                b = [word for i in (0, 8) for word in eight(STEP * step + 16 * t, STEP * j + i, shared)]
                 a = [[pair for word in its for pair in lo.bfloats_of_bytes(word)] for its in codes[j]]
                 c = [zero] * 4
                 for k in range(0, 8, 2):
@@ -155,11 +179,18 @@ class _Bytes:
                     c = lo.warp_product(both, b[k : k + 2], c, jnp.bfloat16)
                 scales = [_float(jnp.where(t < 2, *of_row[2 * j : 2 * j + 2])) for of_row in d]
                 totals = [[lo.fma(c[2 * h + e], scales[h], totals[h][e]) for e in range(N)] for h in range(2)]
-            return loaded, totals
+            return totals
 
-        turns = self.steps // ahead
-        early = load(first) if self.early and turns > 1 else []
-        _, totals = lo.loop(turns, turn, (early, [[zero] * N for _ in range(2)]))
+        totals, turns = [[zero] * N for _ in range(2)], self.steps // ahead
+        if norm is None:
+            totals = lo.loop(turns, turn, totals)
+        else:
+            loaded = load(first)
+            lo.loads_first()
+            shared = self._normed(x_ref, *norm, N)
+            totals = turn(0, totals, loaded, shared)
+            if turns > 1:
+                totals = lo.loop(turns - 1, lambda i, totals: turn(i + 1, totals, None, shared), totals)
         # thread t of a row's four keeps the sum of row g + 8·(t & 1) and of row t >> 1 of activations
         y = zero
         for h, of_row in enumerate(totals):
@@ -188,11 +219,12 @@ def _laid_out(parts: dict[str, Array], dtype: Any, warps: int, tuning: lo.Tuning
 
 def products(
     x: Array, weights: Sequence[tuple[dict[str, Array], str | None]], out_dtypes: Sequence[Any],
-    tuning: lo.Tuning | None = None,
+    norm: tuple[Array, float] | None = None, tuning: lo.Tuning | None = None,
 ) -> list[Array]:  # fmt: skip
     """`x[N, in] · w[out, in]ᵀ → [N, out]` for each weight, or one stack `x[N, G, in] · w[G, out, in]ᵀ → [N, G, out]`.
 
     weights: (parts, format) of packed weights, ({"values": w}, None) of plain ones. 1 ≤ N ≤ MAX_ROWS.
+    norm: weight [in] and eps of an RMS norm of x that comes first, rounded to x's dtype.
     NotImplementedError where no kernel serves the call.
     """
     stacked = x.ndim == 3
@@ -206,22 +238,25 @@ def products(
     tunings = [tuning or tuned.direct(n, K) for n in rows]
     warps = max([WARPS, *(t.warps for t, (_, format) in zip(tunings, weights, strict=True) if format)])
     each = [_laid_out(parts, x.dtype, warps, t) for (parts, _), t in zip(weights, tunings, strict=True)]
+    if norm is not None and (stacked or K % (128 * warps) or not all(isinstance(w, _Bytes) for w in each)):
+        raise NotImplementedError(f"no norm of rows of {K} of {x.dtype} beside these weights")
     starts = np.cumsum([0, *(w.programs for w in each)]).tolist()
 
     def kernel(x_ref, *refs):
         refs, i = list(refs), pl.program_id(0)
+        rule = None if norm is None else (refs.pop(0), norm[1])
         outs = refs[-len(each) :]
         for w, first, out_ref in zip(each, starts, outs, strict=False):
             mine, refs = refs[: len(w.arrays)], refs[len(w.arrays) :]
 
             @pl.when((i >= first) & (i < first + w.programs))
             def _(w=w, first=first, out_ref=out_ref, mine=mine):
-                w.products(mine, x_ref, out_ref, i - first, G, N)
+                w.products(mine, x_ref, out_ref, i - first, G, N, rule)
 
     shapes = [jax.ShapeDtypeStruct((N, w.rows), dtype) for w, dtype in zip(each, out_dtypes, strict=True)]
     arrays = [a for w in each for a in w.arrays]
     out = lo.call(
-        kernel, shapes, x.reshape(N * G, K), *arrays, grid=(starts[-1],),
-        tuning=lo.Tuning(warps=warps, stages=1), name=f"direct_{len(each)}_{N}",
+        kernel, shapes, x.reshape(N * G, K), *([] if norm is None else norm[:1]), *arrays, grid=(starts[-1],),
+        tuning=lo.Tuning(warps=warps, stages=1), name=f"direct_{'normed_' if norm else ''}{len(each)}_{N}",
     )  # fmt: skip
     return [y.reshape(N, G, -1) if stacked else y for y in out]

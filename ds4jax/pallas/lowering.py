@@ -555,6 +555,40 @@ def share(table: Any, warps: int, copies: int, count: int) -> SharedWords:
     return SharedWords(base, None, 4 * copies)
 
 
+def share_words(words: Sequence[Array]) -> SharedWords:
+    """Pairs of words [threads] each, to shared memory: of pair i, thread t's two become words 2 · (i · threads + t)."""
+    threads = words[0].shape[0]
+    if interpreting():
+        pairs = [jnp.stack(words[i : i + 2], axis=1).reshape(-1) for i in range(0, len(words), 2)]
+        return SharedWords(jnp.zeros_like(words[0]), jnp.concatenate(pairs), 4)
+    stores = "".join(
+        f"st.shared.v2.b32 [a + {4 * i * threads}], {{${1 + i}, ${2 + i}}};" for i in range(0, len(words), 2)
+    )
+    meet = "bar.sync 0;" if threads > 32 else "bar.warp.sync -1;"
+    code = f"""{{
+        .shared .align 16 .b8 words[{4 * len(words) * threads}];
+        .reg .b32 a; mov.u32 a, %tid.x; shl.b32 a, a, 3; mov.u32 $0, words; add.u32 a, a, $0;
+        {stores}
+        {meet}
+    }}"""
+    (base,) = instructions(code, words, [jnp.int32], lambda *_: ())
+    return SharedWords(base, None, 4)
+
+
+def four_shared(shared: SharedWords, place: Array, further: int, mask: Array) -> list[Array]:
+    """The four words of `share_words` from place + further on, a multiple of four; zeros where `mask` is False."""
+    code = f"""{{
+        .reg .pred p; .reg .b32 a; setp.ne.s32 p, $6, 0; shl.b32 a, $5, 2; add.u32 a, a, $4;
+        mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0;
+        @p ld.shared.v4.b32 {{$0, $1, $2, $3}}, [a + {4 * further}];
+    }}"""
+
+    def twin(_, place, mask):
+        return [jnp.where(mask != 0, shared.words[place + further + i], 0) for i in range(4)]
+
+    return instructions(code, [shared.base, place, mask.astype(jnp.int32)], [jnp.int32] * 4, twin)
+
+
 def round_even(x: Array) -> Array:
     """Nearest whole number, ties to even, of float32 |x| < 2²³: there numbers are a whole step apart. (XLA would
     simplify that away, and has an operation for it; kernels have none.)"""

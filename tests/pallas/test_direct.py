@@ -7,6 +7,7 @@ import pytest
 
 from ds4jax import quant
 from ds4jax.errors import DS4Error
+from ds4jax.model.layers import scaled_rms
 from ds4jax.pallas import direct, lowering
 from tests.pallas.tensors import weight
 
@@ -79,7 +80,7 @@ def q8(rng, out, K):
 def test_bytes_on_tensor_cores_equal_float64(rng, rows, out, K, tuning):
     x, w = jnp.asarray(rng.normal(size=(rows, K)), jnp.bfloat16), q8(rng, out, K)
     with lowering.interpreted():
-        (y,) = direct.products(x, [(w.parts, w.format)], [jnp.float32], tuning and lowering.Tuning(**tuning))
+        (y,) = direct.products(x, [(w.parts, w.format)], [jnp.float32], tuning=tuning and lowering.Tuning(**tuning))
     want = exact(x, w)
     np.testing.assert_allclose(y, want, rtol=0, atol=2e-6 * np.abs(want).max())
 
@@ -197,3 +198,44 @@ def test_precise_products_of_half_weights_keep_rows_apart():
     for row in range(4):
         np.testing.assert_allclose(y[row], want[row], rtol=0, atol=3e-6 * np.abs(want[row]).max())
     assert np.isnan(y[4]).all() and not np.isfinite(y[5]).any()
+
+
+@pytest.mark.parametrize("rows, K", [(1, 1024), (2, 2048)])
+def test_a_norm_on_the_way_equals_one_before(rng, rows, K):
+    x, ws = jnp.asarray(3 * rng.normal(size=(rows, 1, K)), jnp.bfloat16), [q8(rng, 33, K), q8(rng, 16, K)]
+    norm = jnp.asarray(1 + 0.2 * rng.normal(size=K), jnp.float32), 1e-6
+    with lowering.interpreted():
+        ours = quant.matmul_many(x, ws, norm=norm, implementation="pallas")
+        apart = quant.matmul_many(scaled_rms(x, *norm), ws, implementation="pallas")
+        plain = quant.matmul_many(x, ws, norm=norm, implementation="xla")
+    for a, b, c in zip(ours, apart, plain, strict=True):
+        assert a.shape == b.shape == c.shape == (rows, 1, b.shape[-1])
+        np.testing.assert_allclose(np.float32(a), np.float32(b), rtol=1e-2, atol=1e-3 * np.abs(np.float32(b)).max())
+        np.testing.assert_allclose(np.float32(a), np.float32(c), rtol=2e-2, atol=5e-3 * np.abs(np.float32(c)).max())
+
+
+def test_a_norm_needs_bytes_and_rows_that_fill_a_program(rng):
+    norm = jnp.ones(1024), 1e-6
+    for x, w in [
+        (jnp.ones((1, 1024)), q8(rng, 8, 1024)), (jnp.ones((1, 256), jnp.bfloat16), q8(rng, 8, 256)),
+        (jnp.ones((1, 1024), jnp.bfloat16), plain(rng, 8, 1024, jnp.float16)),
+    ]:  # fmt: skip
+        with lowering.interpreted(), pytest.raises(DS4Error, match="no norm"):
+            quant.matmul_many(x, [w], norm=norm, implementation="pallas")
+
+
+def test_gradients_pass_a_norm(rng):
+    x, w = jnp.asarray(rng.normal(size=(1, 1024)), jnp.bfloat16), q8(rng, 16, 1024)
+
+    def loss(implementation):
+        def f(x, scale):
+            kw = dict(norm=(scale, 1e-6), out_dtypes=[jnp.float32], implementation=implementation)
+            return jnp.sum(quant.matmul_many(x, [w], **kw)[0] * jnp.sin(jnp.arange(16.0)))
+
+        return jax.grad(f, argnums=(0, 1))(x, jnp.ones(1024))
+
+    with lowering.interpreted():
+        ours = loss("pallas")
+    for mine, theirs in zip(ours, loss("xla"), strict=True):
+        mine, theirs = np.float32(mine), np.float32(theirs)
+        np.testing.assert_allclose(mine, theirs, atol=2e-2 * np.abs(theirs).max())
