@@ -91,10 +91,10 @@ def expand(unit: int) -> Tuning:
 
 
 def direct(rows: int, K: int) -> Tuning:
-    """For Q8_0 weights of `rows` rows in all: enough warps to fill a device, by cutting the input into parts, but four
-    steps of 64 elements for each."""
+    """For Q8_0 weights of `rows` rows in all: enough warps to fill a device, by cutting the input into parts, and none
+    that the last of them would be long waited for, but four steps of 64 elements for each."""
     warps, parts = -(-rows // 16), 1
-    while warps * parts < 2048 and parts < 8 and K % (512 * parts) == 0:
+    while (warps * parts < 2048 or K > 1024 * parts) and parts < 8 and K % (512 * parts) == 0:
         parts *= 2
     return Tuning(warps=max(4, parts), stages=1, parts=parts, ahead=4)
 
