@@ -386,7 +386,9 @@ class Attention(nnx.Module):
         # the indexer learns from `divergence` alone, which must not reach the model; a choice has no gradient
         together = T == 1 and not tap.wants("indexer.kl")
         products = self._products(x, together)
-        raw, index_raw = self._query_products(products["wq_a"], together)
+        weight = value(self.q_norm.weight)
+        qr = finish(flat_rows(products["wq_a"], 1), weight=weight, eps=self.q_norm.eps)[0].reshape(B, T, -1)
+        raw, index_raw = self._query_products(qr, together)
         q, _ = finish(flat_rows(raw, H), positions, freqs, eps=c.rms_norm_eps)
         q = tap("q", q.reshape(B, T, H, d))
         kv, cache = self._keys(products["wkv"], step, cache, freqs, tap)
@@ -426,18 +428,12 @@ class Attention(nnx.Module):
         return out
 
     def _query_products(self, qr: Array, together: bool) -> tuple[Array, Array | None]:
-        """The norm of qr [B, T, R], times wq_b, and times the indexer's."""
-        weights = [value(w.weight) for w in ([self.wq_b, self.indexer.wq_b] if self.ratio == 4 else [self.wq_b])]
-        norm, eps = value(self.q_norm.weight), self.q_norm.eps
-        if together and quant.norms_on_load(qr, weights):
-            main, *index = quant.matmul_many(qr, weights, norm=(norm, eps))
-            return main, *(index or [None])
-        qr = finish(qr.reshape(-1, 1, qr.shape[-1]), weight=norm, eps=eps)[0].reshape(qr.shape)
+        """qr [B, T, R] times wq_b, and times the indexer's."""
         if self.ratio != 4:
             return self.wq_b(qr), None
         if not together:
             return self.wq_b(qr), self.indexer.wq_b(jax.lax.stop_gradient(qr))
-        return tuple(quant.matmul_many(qr, weights))
+        return tuple(quant.matmul_many(qr, [value(self.wq_b.weight), value(self.indexer.wq_b.weight)]))
 
     def _keys(self, raw: Array, step: Step, cache: LayerCache, freqs: Array, tap: Tap) -> tuple[Array, LayerCache]:
         """The product with wkv [B, T, d] → the tokens' own keys [B, T, d], and the cache; a single token's

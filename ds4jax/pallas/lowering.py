@@ -36,8 +36,8 @@ class Tuning:
 
     rows: output rows of a program. units: steps of the decoder along the input axis that a program takes at once.
     warps, stages: Triton's num_warps and num_stages. tokens: rows of activations of a program (matrix kernels).
-    ahead: by how many of its steps, 0 or 1, a program loads codes before it decodes them (`direct`: how many steps'
-    loads are under way at once). parts: into how many parts of the input axis a program's warps divide their work.
+    ahead: by how many of its steps, 0 or 1, a program loads codes before it decodes them. parts: into how many parts of
+    the input axis a program's warps divide their work.
     """
 
     rows: int = 8
@@ -321,24 +321,20 @@ def opaque(x: Array) -> Array:
     return x if interpreting() else _asm("mov.b32 $0, $1;", (x,))
 
 
-# Pairs of float16 (or bfloat16) in a word, the first in the low half.
+# Pairs of float16 in a word, the first in the low half.
 
 
-def _half_floats(x: Array, dtype: Any = jnp.float16) -> tuple[Array, Array]:
+def _half_floats(x: Array) -> tuple[Array, Array]:
     """Words → the float32 of their two halves; for interpret mode."""
-    both = lax.bitcast_convert_type(_bits(x), dtype).astype(jnp.float32)
+    both = lax.bitcast_convert_type(_bits(x), jnp.float16).astype(jnp.float32)
     return both[..., 0], both[..., 1]
-
-
-def _half_word(low: Array, high: Array, dtype: Any = jnp.float16) -> Array:
-    """What `_half_floats` takes apart."""
-    return lax.bitcast_convert_type(jnp.stack([low, high], axis=-1).astype(dtype), jnp.int32)
 
 
 def half_pair(low: Array, high: Array) -> Array:
     """Two float32, rounded to float16, in one word: int32."""
     if interpreting():
-        return _half_word(low, high)
+        both = jnp.stack([low, high], axis=-1).astype(jnp.float16)
+        return lax.bitcast_convert_type(both, jnp.int32)
     return _asm("cvt.rn.f16x2.f32 $0, $2, $1;", [_bits(low), _bits(high)])
 
 
@@ -367,33 +363,17 @@ def halves_of_bytes(x: Array) -> tuple[Array, Array]:
     return tuple(_asm("add.rn.f16x2 $0, $1, $2;", (p, bias)) for p in pairs)
 
 
-def bfloats_of_bytes(x: Array) -> list[Array]:
-    """The four signed bytes of each word, over 64, as two pairs of bfloat16, exactly."""
+def warp_product(a: Sequence[Array], b: Sequence[Array], c: Sequence[Array]) -> list[Array]:
+    """Tensor cores' product of a warp: c + a · b, a 16 × 16 and b 16 × 8 of float16, c 16 × 8 of float32.
 
-    def twin(x):
-        four = [byte_float(x, i) / 64 for i in range(4)]
-        return [_half_word(*four[i : i + 2], jnp.bfloat16) for i in (0, 2)]
-
-    # The bits of a bfloat16 below 2^-125 are a whole number, in steps of 2^-133: a byte plus 128 is one as it stands.
-    code = """{
-        .reg .b32 u, m, c; xor.b32 u, $2, 0x80808080; mov.b32 m, 0x7f007f00; mov.b32 c, 0xc000c000;
-        prmt.b32 $0, u, 0, 0x4140; fma.rn.bf16x2 $0, $0, m, c;
-        prmt.b32 $1, u, 0, 0x4342; fma.rn.bf16x2 $1, $1, m, c;
-    }"""
-    return instructions(code, [x], [jnp.int32] * 2, twin)
-
-
-def warp_product(a: Sequence[Array], b: Sequence[Array], c: Sequence[Array], dtype: Any = jnp.float16) -> list[Array]:
-    """Tensor cores' product of a warp: c + a · b, a 16 × 16 and b 16 × 8 of `dtype`, c 16 × 8 of float32.
-
-    dtype: float16 or bfloat16. Every array is [32 · warps], a thread's number in each: a, b words of two, as
-    `mma.m16n8k16` deals them (PTX ISA, "Matrix fragments for mma.m16n8k16 with floating point type"). With thread
-    4·g + t of a warp: a is rows g, g + 8, g, g + 8 at columns 2t, 2t + 1 (the last two: 8 further); b rows 2t, 2t + 1
-    (8 further) of column g; c row g, columns 2t and 2t + 1, then row g + 8.
+    Every array is [32 · warps], a thread's number in each: a, b words of two float16, as `mma.m16n8k16` deals them
+    (PTX ISA, "Matrix fragments for mma.m16n8k16 with floating point type"). With thread 4·g + t of a warp: a is rows g,
+    g + 8, g, g + 8 at columns 2t, 2t + 1 (the last two: 8 further); b rows 2t, 2t + 1 (8 further) of column g; c row g,
+    columns 2t and 2t + 1, then row g + 8.
     """
     if interpreting():
         lanes = lambda x: x.reshape(-1, 8, 4)  # noqa: E731
-        pairs = lambda words: [jnp.stack(_half_floats(lanes(w), dtype), axis=-1) for w in words]  # [W, g, t, 2]  # noqa: E731
+        pairs = lambda words: [jnp.stack(_half_floats(lanes(w)), axis=-1) for w in words]  # [W, g, t, 2]  # noqa: E731
         top, bottom, top8, bottom8 = pairs(a)
         wide = lambda x: x.reshape(*x.shape[:2], 8)  # noqa: E731
         left = jnp.concatenate(
@@ -401,9 +381,7 @@ def warp_product(a: Sequence[Array], b: Sequence[Array], c: Sequence[Array], dty
         )
         right = jnp.concatenate([wide(x) for x in pairs(b)], 2)  # [W, n, k]
         return _add_dealt(left, right, c)
-    kind = "bf16" if dtype == jnp.bfloat16 else "f16"
-    code = f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 "
-    code += "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
+    code = "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
     return instructions(code, [*a, *b, *c], [jnp.float32] * 4, lambda *_: ())
 
 
@@ -555,40 +533,6 @@ def share(table: Any, warps: int, copies: int, count: int) -> SharedWords:
     return SharedWords(base, None, 4 * copies)
 
 
-def share_words(words: Sequence[Array]) -> SharedWords:
-    """Pairs of words [threads] each, to shared memory: of pair i, thread t's two become words 2 · (i · threads + t)."""
-    threads = words[0].shape[0]
-    if interpreting():
-        pairs = [jnp.stack(words[i : i + 2], axis=1).reshape(-1) for i in range(0, len(words), 2)]
-        return SharedWords(jnp.zeros_like(words[0]), jnp.concatenate(pairs), 4)
-    stores = "".join(
-        f"st.shared.v2.b32 [a + {4 * i * threads}], {{${1 + i}, ${2 + i}}};" for i in range(0, len(words), 2)
-    )
-    meet = "bar.sync 0;" if threads > 32 else "bar.warp.sync -1;"
-    code = f"""{{
-        .shared .align 16 .b8 words[{4 * len(words) * threads}];
-        .reg .b32 a; mov.u32 a, %tid.x; shl.b32 a, a, 3; mov.u32 $0, words; add.u32 a, a, $0;
-        {stores}
-        {meet}
-    }}"""
-    (base,) = instructions(code, words, [jnp.int32], lambda *_: ())
-    return SharedWords(base, None, 4)
-
-
-def four_shared(shared: SharedWords, place: Array, further: int, mask: Array) -> list[Array]:
-    """The four words of `share_words` from place + further on, a multiple of four; zeros where `mask` is False."""
-    code = f"""{{
-        .reg .pred p; .reg .b32 a; setp.ne.s32 p, $6, 0; shl.b32 a, $5, 2; add.u32 a, a, $4;
-        mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0;
-        @p ld.shared.v4.b32 {{$0, $1, $2, $3}}, [a + {4 * further}];
-    }}"""
-
-    def twin(_, place, mask):
-        return [jnp.where(mask != 0, shared.words[place + further + i], 0) for i in range(4)]
-
-    return instructions(code, [shared.base, place, mask.astype(jnp.int32)], [jnp.int32] * 4, twin)
-
-
 def round_even(x: Array) -> Array:
     """Nearest whole number, ties to even, of float32 |x| < 2²³: there numbers are a whole step apart. (XLA would
     simplify that away, and has an operation for it; kernels have none.)"""
@@ -600,27 +544,17 @@ def round_even(x: Array) -> Array:
 
 def words_of_bytes(x: Array) -> Array:
     """int8[..., 4n] → int32[..., n], the same bytes; no instruction where a thread holds the four."""
+    n = x.shape[-1] // 4
+    quads = (*x.shape[:-1], n, 4)
     if interpreting():
-        q = x.reshape(*x.shape[:-1], -1, 4).astype(jnp.int32) & 255
+        q = x.reshape(quads).astype(jnp.int32) & 255
         return q[..., 0] | q[..., 1] << 8 | q[..., 2] << 16 | q[..., 3] << 24
-    return _words(x, 4)
-
-
-def words_of_halves(x: Array) -> Array:
-    """float16 or bfloat16[..., 2n] → int32[..., n], the same bits; no instruction where a thread holds both."""
-    if interpreting():
-        return lax.bitcast_convert_type(x.reshape(*x.shape[:-1], -1, 2), jnp.int32)
-    return _words(x, 2)
-
-
-def _words(x: Array, each: int) -> Array:
-    """Words of `each` neighbours: they come as one register."""
-    code = f"mov.b32 $0, ${each};" + "".join(f" mov.b32 ${i}, 0;" for i in range(1, each))
+    code = "mov.b32 $0, $4; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0;"  # four bytes come as one register
     shape = jax.ShapeDtypeStruct(x.shape, jnp.int32)
     (wide,) = _triton().elementwise_inline_asm(
-        code, args=[x], constraints="=r," * each + "r", pack=each, result_shape_dtypes=[shape]
+        code, args=[x], constraints="=r,=r,=r,=r,r", pack=4, result_shape_dtypes=[shape]
     )
-    return unstack(wide.reshape(*x.shape[:-1], -1, each))[0]
+    return unstack4(wide.reshape(quads))[0]
 
 
 def bytes_of_words(words: Array) -> Array:

@@ -90,15 +90,6 @@ def expand(unit: int) -> Tuning:
     return Tuning(units=max(32 * warps, _EXPANDED // unit), warps=warps, stages=1)
 
 
-def direct(rows: int, K: int) -> Tuning:
-    """For Q8_0 weights of `rows` rows in all: enough warps to fill a device, by cutting the input into parts, and none
-    that the last of them would be long waited for, but four steps of 64 elements for each."""
-    warps, parts = -(-rows // 16), 1
-    while (warps * parts < 2048 or K > 1024 * parts) and parts < 8 and K % (512 * parts) == 0:
-        parts *= 2
-    return Tuning(warps=max(4, parts), stages=1, parts=parts, ahead=4)
-
-
 def fragments(N: int, out: int, matrices: int, steps: int) -> Tuning:
     """For N rows of activations and `matrices` of [out, steps · …]: enough programs to fill a device, by cutting the
     input into parts."""

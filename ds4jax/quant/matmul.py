@@ -177,43 +177,30 @@ def _described(w: Any) -> tuple[dict[str, jax.Array], str | None]:
     return (w.parts, w.format) if isinstance(w, QuantizedArray) else ({"values": w}, None)
 
 
-def _normed(x: jax.Array, scale: jax.Array | None, eps: float | None) -> jax.Array:
-    """`scale` · x · rsqrt(mean(x²) + eps) in float32, rounded to x's dtype; x where scale is None."""
-    if scale is None:
-        return x
-    wide = x.astype(jnp.float32)
-    wide = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return (wide * scale.astype(jnp.float32)).astype(x.dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _direct(x: jax.Array, weights: tuple[Any, ...], out_dtypes: tuple[Any, ...]) -> list[jax.Array]:
+    # x as in `_packed`, of one weight if it is a stack
+    return direct.products(x, [_described(w) for w in weights], out_dtypes)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _direct(
-    x: jax.Array, weights: tuple[Any, ...], scale: jax.Array | None, eps: float | None, out_dtypes: tuple[Any, ...]
-) -> list[jax.Array]:  # fmt: skip
-    # x as in `_packed`, of one weight if it is a stack; scale and eps of a norm of x, or None
-    norm = None if scale is None else (scale, eps)
-    return direct.products(x, [_described(w) for w in weights], out_dtypes, norm)
-
-
-def _direct_bwd(eps, out_dtypes, args, g):
-    def plain(x, weights, scale):
-        x = _normed(x, scale, eps)
+def _direct_bwd(out_dtypes, args, g):
+    def plain(x, weights):
         return [_xla(x, w, dtype) for w, dtype in zip(weights, out_dtypes, strict=True)]
 
-    x, weights, scale = args
+    x, weights = args
     packed = [isinstance(w, QuantizedArray) for w in weights]
     dense = tuple(w for w, p in zip(weights, packed, strict=True) if not p)
 
-    def of(x, dense, scale):
+    def of(x, dense):
         rest = iter(dense)
-        return plain(x, [w if p else next(rest) for w, p in zip(weights, packed, strict=True)], scale)
+        return plain(x, [w if p else next(rest) for w, p in zip(weights, packed, strict=True)])
 
-    dx, d_dense, d_scale = jax.vjp(of, x, dense, scale)[1](g)
+    dx, d_dense = jax.vjp(of, x, dense)[1](g)
     rest = iter(d_dense)
-    return dx, tuple(None if p else next(rest) for p in packed), d_scale
+    return dx, tuple(None if p else next(rest) for p in packed)
 
 
-_direct.defvjp(lambda *args: (_direct(*args), args[:3]), _direct_bwd)
+_direct.defvjp(lambda *args: (_direct(*args), args[:2]), _direct_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -269,13 +256,10 @@ def _pallas(x: jax.Array, w: Any, out_dtype: Any) -> jax.Array:
     return y.reshape(*lead, *y.shape[1:])
 
 
-def _pallas_many(
-    x: jax.Array, weights: tuple[Any, ...], out_dtypes: tuple[Any, ...], scale: jax.Array | None = None,
-    eps: float | None = None,
-) -> list[jax.Array]:  # fmt: skip
+def _pallas_many(x: jax.Array, weights: tuple[Any, ...], out_dtypes: tuple[Any, ...]) -> list[jax.Array]:
     lowering.require_device()
     lead = x.shape[: x.ndim - (weights[0].ndim - 1)]
-    ys = _direct(x.reshape(math.prod(lead), *x.shape[len(lead) :]), weights, scale, eps, out_dtypes)
+    ys = _direct(x.reshape(math.prod(lead), *x.shape[len(lead) :]), weights, out_dtypes)
     return [y.reshape(*lead, *y.shape[1:]) for y in ys]
 
 
@@ -312,16 +296,14 @@ def _precise(x: jax.Array, w: Any, out_dtype: Any) -> jax.Array:
 
 
 def _each(
-    x: jax.Array, weights: tuple[Any, ...], out_dtypes: tuple[Any, ...], precise: tuple[bool, ...],
-    scale: jax.Array | None, eps: float | None,
-) -> list[jax.Array]:  # fmt: skip
-    x = _normed(x, scale, eps)
+    x: jax.Array, weights: tuple[Any, ...], out_dtypes: tuple[Any, ...], precise: tuple[bool, ...]
+) -> list[jax.Array]:
     products = zip(weights, out_dtypes, precise, strict=True)
     return [_precise(x, w, dtype) if p else matmul(x, w, out_dtype=dtype) for w, dtype, p in products]
 
 
-def _together(x, weights, out_dtypes, precise, scale, eps):  # all of its products are of float32
-    return _pallas_many(x, weights, out_dtypes, scale, eps)
+def _together(x, weights, out_dtypes, precise):  # all of its products are of float32
+    return _pallas_many(x, weights, out_dtypes)
 
 
 MANY_IMPLEMENTATIONS = {"pallas": _together, "xla": _each}
@@ -329,13 +311,13 @@ MANY_IMPLEMENTATIONS = {"pallas": _together, "xla": _each}
 
 def matmul_many(
     x: Any, weights: Sequence[Any], *, out_dtypes: Sequence[Any] | None = None, precise: Sequence[bool] | None = None,
-    norm: tuple[jax.Array, float] | None = None, implementation: str | None = None,
+    implementation: str | None = None,
 ) -> list[jax.Array]:  # fmt: skip
     """`matmul(x, w)` for several weights [out, in] of one input width, where a kernel can in one launch.
 
     out_dtypes: of each result; x's by default. precise: for each, whether weights are multiplied as float32 whatever
-    x's dtype. norm: weight [in] and eps of an RMS norm of x that comes first, rounded to x's dtype. implementation:
-    None for the best available, "pallas", or "xla", which here is one `matmul` after another.
+    x's dtype. implementation: None for the best available, "pallas", or "xla", which here is one `matmul` after
+    another.
     """
     x, weights = jnp.asarray(x), tuple(as_jax(w) for w in weights)
     out_dtypes = tuple(np.dtype(d) for d in out_dtypes or [x.dtype] * len(weights))
@@ -343,16 +325,7 @@ def matmul_many(
     for w in weights:
         if len(w.shape) != 2 or w.shape[-1] != x.shape[-1]:
             raise DS4Error(f"matmul_many: w {list(w.shape)} must be [out, in], in as in x {list(x.shape)}")
-    scale, eps = (None, None) if norm is None else (jnp.asarray(norm[0]), float(norm[1]))
-    return api.run("matmul_many", MANY_IMPLEMENTATIONS, implementation, x, weights, out_dtypes, precise, scale, eps)
-
-
-def norms_on_load(x: jax.Array, weights: Sequence[Any]) -> bool:
-    """Whether `matmul_many` has a kernel that norms x [..., in] as it loads it: elsewhere a norm is better done by what
-    has a kernel for it."""
-    rows = math.prod(x.shape[:-1])
-    q8 = all(isinstance(w, QuantizedArray) and w.format == "Q8_0" for w in weights)
-    return 1 <= rows <= direct.MAX_ROWS and x.dtype == jnp.bfloat16 and q8
+    return api.run("matmul_many", MANY_IMPLEMENTATIONS, implementation, x, weights, out_dtypes, precise)
 
 
 IMPLEMENTATIONS = {"pallas": _pallas, "xla": _xla}

@@ -7,7 +7,6 @@ import pytest
 
 from ds4jax import quant
 from ds4jax.errors import DS4Error
-from ds4jax.model.layers import scaled_rms
 from ds4jax.pallas import direct, lowering
 from tests.pallas.tensors import weight
 
@@ -59,60 +58,6 @@ def test_a_stack_takes_each_groups_own_activations(rng):
         (y,) = direct.products(x, [(w.parts, w.format)], [jnp.float32])
     want = np.einsum("ngk,gok->ngo", np.float64(x), np.float64(quant.dequantize(w)))
     np.testing.assert_allclose(y, want, atol=2e-6 * np.abs(want).max())
-
-
-def q8(rng, out, K):
-    """Random codes, -128 among them, and scales of many sizes."""
-    codes = rng.integers(-128, 128, (out, K)).astype(np.int8)
-    d = (rng.choice([-1, 1], (out, K // 32)) * 2.0 ** rng.uniform(-20, 3, (out, K // 32))).astype(np.float16)
-    return quant.QuantizedArray({"codes": jnp.asarray(codes), "d": jnp.asarray(d.view(np.uint16))}, "Q8_0")
-
-
-@pytest.mark.parametrize("rows", [1, 2])
-@pytest.mark.parametrize(
-    "out, K, tuning",
-    [
-        (1, 64, dict(warps=4)), (15, 128, dict(warps=4)), (130, 192, dict(warps=8, ahead=4)), (17, 1024, None),
-        (130, 1024, dict(warps=4, parts=2, ahead=4)), (17, 1024, dict(warps=4, parts=2, ahead=8)),
-        (33, 4096, dict(warps=8, parts=8, ahead=2)), (15, 4096, None),
-    ],
-)  # fmt: skip
-def test_bytes_on_tensor_cores_equal_float64(rng, rows, out, K, tuning):
-    x, w = jnp.asarray(rng.normal(size=(rows, K)), jnp.bfloat16), q8(rng, out, K)
-    with lowering.interpreted():
-        (y,) = direct.products(x, [(w.parts, w.format)], [jnp.float32], tuning=tuning and lowering.Tuning(**tuning))
-    want = exact(x, w)
-    np.testing.assert_allclose(y, want, rtol=0, atol=2e-6 * np.abs(want).max())
-
-
-def test_each_byte_is_exactly_a_bfloat16(rng):
-    words = jnp.arange(-128, 128, dtype=jnp.int8).reshape(64, 4)
-    with lowering.interpreted():
-        pairs = lowering.bfloats_of_bytes(lowering.words_of_bytes(words)[:, 0])
-    got = np.stack([np.asarray(jax.lax.bitcast_convert_type(p, jnp.bfloat16), np.float32) for p in pairs], 1)
-    np.testing.assert_array_equal(64 * got.reshape(-1), np.arange(-128, 128))
-
-
-@pytest.mark.parametrize("N, G, out, K", [(1, 8, 16, 256), (2, 3, 48, 512), (2, 3, 24, 512)])
-def test_a_stack_of_bytes(rng, N, G, out, K):  # of 24 rows a group, warps would take two groups' at once
-    x, w = jnp.asarray(rng.normal(size=(N, G, K)), jnp.bfloat16), weight(rng, "Q8_0", (G, out, K))
-    with lowering.interpreted():
-        y = quant.matmul(x, w, out_dtype=jnp.float32, implementation="pallas")
-    want = np.einsum("ngk,gok->ngo", np.float64(x), np.float64(quant.dequantize(w)))
-    np.testing.assert_allclose(y, want, atol=2e-6 * np.abs(want).max())
-
-
-def test_what_is_no_number_stays_in_its_row(rng):
-    x, w = rng.normal(size=(2, 256)), q8(rng, 33, 256)
-    x[1, 70] = np.inf
-    w.parts["d"] = w.parts["d"].at[20, 3].set(0x7E00)
-    with lowering.interpreted():
-        y = np.asarray(quant.matmul(jnp.asarray(x, jnp.bfloat16), w, out_dtype=jnp.float32, implementation="pallas"))
-        x[1, 70] = np.nan
-        z = np.asarray(quant.matmul(jnp.asarray(x, jnp.bfloat16), w, out_dtype=jnp.float32, implementation="pallas"))
-    assert not np.isfinite(y[1]).any() and np.isnan(z[1]).all()
-    for of in (y, z):
-        assert np.isnan(of[0, 20]) and np.isfinite(np.delete(of[0], 20)).all()
 
 
 def test_nan_and_zero_rows(rng):
@@ -198,44 +143,3 @@ def test_precise_products_of_half_weights_keep_rows_apart():
     for row in range(4):
         np.testing.assert_allclose(y[row], want[row], rtol=0, atol=3e-6 * np.abs(want[row]).max())
     assert np.isnan(y[4]).all() and not np.isfinite(y[5]).any()
-
-
-@pytest.mark.parametrize("rows, K", [(1, 1024), (2, 2048)])
-def test_a_norm_on_the_way_equals_one_before(rng, rows, K):
-    x, ws = jnp.asarray(3 * rng.normal(size=(rows, 1, K)), jnp.bfloat16), [q8(rng, 33, K), q8(rng, 16, K)]
-    norm = jnp.asarray(1 + 0.2 * rng.normal(size=K), jnp.float32), 1e-6
-    with lowering.interpreted():
-        ours = quant.matmul_many(x, ws, norm=norm, implementation="pallas")
-        apart = quant.matmul_many(scaled_rms(x, *norm), ws, implementation="pallas")
-        plain = quant.matmul_many(x, ws, norm=norm, implementation="xla")
-    for a, b, c in zip(ours, apart, plain, strict=True):
-        assert a.shape == b.shape == c.shape == (rows, 1, b.shape[-1])
-        np.testing.assert_allclose(np.float32(a), np.float32(b), rtol=1e-2, atol=1e-3 * np.abs(np.float32(b)).max())
-        np.testing.assert_allclose(np.float32(a), np.float32(c), rtol=2e-2, atol=5e-3 * np.abs(np.float32(c)).max())
-
-
-def test_a_norm_needs_bytes_and_rows_that_fill_a_program(rng):
-    norm = jnp.ones(1024), 1e-6
-    for x, w in [
-        (jnp.ones((1, 1024)), q8(rng, 8, 1024)), (jnp.ones((1, 256), jnp.bfloat16), q8(rng, 8, 256)),
-        (jnp.ones((1, 1024), jnp.bfloat16), plain(rng, 8, 1024, jnp.float16)),
-    ]:  # fmt: skip
-        with lowering.interpreted(), pytest.raises(DS4Error, match="no norm"):
-            quant.matmul_many(x, [w], norm=norm, implementation="pallas")
-
-
-def test_gradients_pass_a_norm(rng):
-    x, w = jnp.asarray(rng.normal(size=(1, 1024)), jnp.bfloat16), q8(rng, 16, 1024)
-
-    def loss(implementation):
-        def f(x, scale):
-            kw = dict(norm=(scale, 1e-6), out_dtypes=[jnp.float32], implementation=implementation)
-            return jnp.sum(quant.matmul_many(x, [w], **kw)[0] * jnp.sin(jnp.arange(16.0)))
-
-        return jax.grad(f, argnums=(0, 1))(x, jnp.ones(1024))
-
-    with lowering.interpreted():
-        ours = loss("pallas")
-    for mine, theirs in zip(ours, loss("xla"), strict=True):
-        mine, theirs = np.float32(mine), np.float32(theirs)
-        np.testing.assert_allclose(mine, theirs, atol=2e-2 * np.abs(theirs).max())
