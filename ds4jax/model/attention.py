@@ -386,9 +386,7 @@ class Attention(nnx.Module):
         # the indexer learns from `divergence` alone, which must not reach the model; a choice has no gradient
         together = T == 1 and not tap.wants("indexer.kl")
         products = self._products(x, together)
-        weight = value(self.q_norm.weight)
-        qr = finish(flat_rows(products["wq_a"], 1), weight=weight, eps=self.q_norm.eps)[0].reshape(B, T, -1)
-        raw, index_raw = self._query_products(qr, together)
+        raw, index_raw = self._query_products(products["wq_a"], together)
         q, _ = finish(flat_rows(raw, H), positions, freqs, eps=c.rms_norm_eps)
         q = tap("q", q.reshape(B, T, H, d))
         kv, cache = self._keys(products["wkv"], step, cache, freqs, tap)
@@ -410,30 +408,40 @@ class Attention(nnx.Module):
         return "fp8" if self.cache_quant else None
 
     def _products(self, x: Array, together: bool) -> dict[str, Array]:
-        """Everything a layer multiplies x [B, T, D] with: in one launch, or the indexer's apart."""
-        groups = [{"wq_a": (self.wq_a, x.dtype, False), "wkv": (self.wkv, x.dtype, False)}]
+        """Everything a layer multiplies x [B, T, D] with. For a single token in two launches, since what waits for the
+        queries' product waits longest; else the indexer's apart."""
         exact = lambda linear: (linear, jnp.float32, True)  # noqa: E731
+        query, keys = {"wq_a": (self.wq_a, x.dtype, False)}, {"wkv": (self.wkv, x.dtype, False)}
         if self.ratio:
-            groups[0] |= {"kv": exact(self.compressor.wkv), "gate": exact(self.compressor.wgate)}
+            keys |= {"kv": exact(self.compressor.wkv), "gate": exact(self.compressor.wgate)}
+        own = {}
         if self.ratio == 4:
             compressor = self.indexer.compressor
             own = {"index_kv": exact(compressor.wkv), "index_gate": exact(compressor.wgate)}
             own["index_weights"] = (self.indexer.weights_proj, jnp.float32, False)
-            groups = [groups[0] | own] if together else [groups[0], own]
+        groups = [(query, x), (keys | own, x)]
+        if not together:
+            groups = [(query | keys, x), *([(own, jax.lax.stop_gradient(x))] if own else [])]
         out = {}
-        for group, of in zip(groups, (x, jax.lax.stop_gradient(x)), strict=False):
+        for group, of in groups:
             linears, dtypes, precise = zip(*group.values(), strict=True)
             ys = quant.matmul_many(of, [value(w.weight) for w in linears], out_dtypes=dtypes, precise=precise)
             out |= dict(zip(group, ys, strict=True))
         return out
 
     def _query_products(self, qr: Array, together: bool) -> tuple[Array, Array | None]:
-        """qr [B, T, R] times wq_b, and times the indexer's."""
+        """qr [B, T, R], not yet normed, times wq_b, and times the indexer's."""
+        weight, eps = value(self.q_norm.weight), self.q_norm.eps
+        if self.ratio != 4 and together and quant.norms_on_load(qr, value(self.wq_b.weight)):
+            return quant.matmul(qr, value(self.wq_b.weight), norm=(weight, eps)), None
+        qr = finish(qr.reshape(-1, 1, qr.shape[-1]), weight=weight, eps=eps)[0].reshape(qr.shape)
         if self.ratio != 4:
             return self.wq_b(qr), None
         if not together:
             return self.wq_b(qr), self.indexer.wq_b(jax.lax.stop_gradient(qr))
-        return tuple(quant.matmul_many(qr, [value(self.wq_b.weight), value(self.indexer.wq_b.weight)]))
+        # its entries are scored and chosen while the larger product is made
+        (index_raw,) = quant.matmul_many(qr, [value(self.indexer.wq_b.weight)])
+        return self.wq_b(qr), index_raw
 
     def _keys(self, raw: Array, step: Step, cache: LayerCache, freqs: Array, tap: Tap) -> tuple[Array, LayerCache]:
         """The product with wkv [B, T, d] → the tokens' own keys [B, T, d], and the cache; a single token's

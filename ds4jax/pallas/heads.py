@@ -86,23 +86,30 @@ def finish(
         weight_ref = None if weight is None else refs.pop(0)
         n, h = pl.program_id(0), pl.program_id(1) * heads + jnp.arange(heads, dtype=jnp.int32)[:, None]
         channel = jnp.arange(d, dtype=jnp.int32)[None]
+        turns, other = channel >= 2 * kept, channel ^ 1
+        given, weights = [], []
+        if turned:
+            at = jnp.maximum(channel // 2 - kept, 0)
+            c, s = (lo.load(ref, (n, at), mask=turns) for ref in (cos_ref, sin_ref))
+            given.append((lo.load(raw_ref, (n, h, other), mask=turns), other))
+        given.append((None, channel))
+        if weight is not None:
+            weights = [lo.load(weight_ref, (at,)) for _, at in given]
+        lo.loads_first()  # the last is what the sum waits for
         own = lo.load(raw_ref, (n, h, channel)).astype(jnp.float32)
         scale = None if eps is None else lax.rsqrt(jnp.sum(own * own, axis=1, keepdims=True) / d + eps)
 
-        def normed(x, channel):
+        def normed(x, *weight):
             if scale is None:
                 return x
             x = x * scale
-            return _as(x if weight is None else x * lo.load(weight_ref, (channel,)).astype(jnp.float32), raw.dtype)
+            return _as(x * weight[0].astype(jnp.float32) if weight else x, raw.dtype)
 
-        out = normed(own, channel)
+        out = normed(own, *weights[-1:])
         if turned:
-            turns, other = channel >= 2 * kept, channel ^ 1
-            at = jnp.maximum(channel // 2 - kept, 0)
-            c, s = (lo.load(ref, (n, at), mask=turns) for ref in (cos_ref, sin_ref))
             s = jnp.where((channel % 2 == 0) ^ inverse, -s, s)
-            other = normed(lo.load(raw_ref, (n, h, other), mask=turns).astype(jnp.float32), other)
-            out = jnp.where(turns, _as(out * c + other * s, raw.dtype), out)
+            neighbour = normed(given[0][0].astype(jnp.float32), *weights[:1])
+            out = jnp.where(turns, _as(out * c + neighbour * s, raw.dtype), out)
         lo.store(refs[0], (n, h, channel), out)
 
     arguments = [raw, *([cos, sin] if turned else []), *([] if weight is None else [weight])]

@@ -111,22 +111,29 @@ def _mix(x_ref, fn_ref, out_ref):
     """One product, or the sum of squares, over one stream."""
     n, s, r = (pl.program_id(i) for i in range(3))
     d = jnp.arange(x_ref.shape[-1], dtype=jnp.int32)
-    _store_product(lo.load(x_ref, (r, s, d)).astype(jnp.float32), fn_ref, n, s, d, out_ref, r)
+    w = _coefficients(fn_ref, n, s, d)
+    _store_product(lo.load(x_ref, (r, s, d)).astype(jnp.float32), w, n, s, out_ref, r)
 
 
 def _mix_folded(x_ref, y_ref, post_ref, comb_ref, fn_ref, out_ref):
     """As `_mix` of what `model.hyper_connections.fold` makes of these, which is still being stored elsewhere."""
     n, s, r = (pl.program_id(i) for i in range(3))
     d = jnp.arange(x_ref.shape[-1], dtype=jnp.int32)
-    terms = [comb_ref[r, i, s] * lo.load(x_ref, (r, i, d)).astype(jnp.float32) for i in range(STREAMS)]
-    y = lo.load(y_ref, (r, d)).astype(jnp.float32)
-    x = (post_ref[r, s] * y + functools.reduce(jnp.add, terms)).astype(x_ref.dtype).astype(jnp.float32)
-    _store_product(x, fn_ref, n, s, d, out_ref, r)
+    w = _coefficients(fn_ref, n, s, d)
+    streams, y = [lo.load(x_ref, (r, i, d)) for i in range(STREAMS)], lo.load(y_ref, (r, d))
+    lo.loads_first()
+    post, comb = post_ref[r, s], [comb_ref[r, i, s] for i in range(STREAMS)]
+    terms = [c * stream.astype(jnp.float32) for c, stream in zip(comb, streams, strict=True)]
+    x = post * y.astype(jnp.float32) + functools.reduce(jnp.add, terms)
+    _store_product(x.astype(x_ref.dtype).astype(jnp.float32), w, n, s, out_ref, r)
 
 
-def _store_product(x: Array, fn_ref: Any, n: Any, s: Any, d: Array, out_ref: Any, r: Any) -> None:
-    w = lo.load(fn_ref, (jnp.minimum(n, COUNT - 1), s, d)).astype(jnp.float32)
-    out_ref[r, s, n] = jnp.sum(x * jnp.where(n < COUNT, w, x))
+def _coefficients(fn_ref: Any, n: Any, s: Any, d: Array) -> Array:
+    return lo.load(fn_ref, (jnp.minimum(n, COUNT - 1), s, d))
+
+
+def _store_product(x: Array, w: Array, n: Any, s: Any, out_ref: Any, r: Any) -> None:
+    out_ref[r, s, n] = jnp.sum(x * jnp.where(n < COUNT, w.astype(jnp.float32), x))
 
 
 def _mix_block(x_ref, fn_ref, out_ref):
@@ -146,15 +153,23 @@ def _mix_block(x_ref, fn_ref, out_ref):
     lo.store(out_ref, (row, s, n), jnp.sum(total, axis=1), mask=row < R)
 
 
-def _logits(total: Callable[[int], Array], S: int, D: int, scale_ref: Any, base_ref: Any, eps: float):
-    """The function of n that makes logit n of products and the sum of squares, `total(n)`."""
-    inverse = lax.rsqrt(total(COUNT) / (S * D) + eps)
-    return lambda n: total(n) * inverse * scale_ref[min(n // S, 2)] + base_ref[n]
+def _logits(addends: Callable[[int], list[Array]], S: int, D: int, scale_ref: Any, base_ref: Any, eps: float):
+    """The function that makes logits of which addends(n) add up to product n, at COUNT to the sum of squares: of their
+    numbers, {number: logit}."""
+
+    def logits(which: range) -> dict[int, Array]:
+        scale, base = {n: scale_ref[min(n // S, 2)] for n in which}, {n: base_ref[n] for n in which}
+        lo.loads_first()  # what all arithmetic waits for comes last, or some of it is done before others are loaded
+        total = {n: functools.reduce(jnp.add, addends(n)) for n in (*which, COUNT)}
+        inverse = lax.rsqrt(total[COUNT] / (S * D) + eps)
+        return {n: total[n] * inverse * scale[n] + base[n] for n in which}
+
+    return logits
 
 
-def _in_parts(parts_ref: Any, r: Any) -> Callable[[int], Array]:
-    """The function of n that adds up product n of row r, or at COUNT the sum of its squares, given in four parts."""
-    return lambda n: (parts_ref[r, 0, n] + parts_ref[r, 1, n]) + (parts_ref[r, 2, n] + parts_ref[r, 3, n])
+def _in_parts(parts_ref: Any, r: Any) -> Callable[[int], list[Array]]:
+    """The addends of product n of row r, or at COUNT of the sum of its squares, given in four parts."""
+    return lambda n: [parts_ref[r, s, n] for s in range(STREAMS)]
 
 
 def _finish(S: int, D: int, iterations: int, hc_eps: float, rms_eps: float):
@@ -162,15 +177,15 @@ def _finish(S: int, D: int, iterations: int, hc_eps: float, rms_eps: float):
 
     def kernel(parts_ref, x_ref, base_ref, scale_ref, weight_ref, out_ref, pre_ref, post_ref, comb_ref):
         r, part = pl.program_id(0), pl.program_id(1)
-        logit = _logits(_in_parts(parts_ref, r), S, D, scale_ref, base_ref, rms_eps)
+        logits = _logits(_in_parts(parts_ref, r), S, D, scale_ref, base_ref, rms_eps)
 
         @pl.when(part == 0)
         def _():
-            _collapsed(r, logit, S, D, hc_eps, rms_eps, x_ref, weight_ref, out_ref, pre_ref)
+            _collapsed(r, logits, S, D, hc_eps, rms_eps, x_ref, weight_ref, out_ref, pre_ref)
 
         @pl.when(part == 1)
         def _():
-            _store_placed(r, logit, S, iterations, hc_eps, post_ref, comb_ref)
+            _store_placed(r, logits, S, iterations, hc_eps, post_ref, comb_ref)
 
     return kernel
 
@@ -181,11 +196,11 @@ def _collapse(S: int, D: int, hc_eps: float, rms_eps: float):
     def kernel(parts_ref, *refs):
         *squares_ref, x_ref, base_ref, scale_ref, weight_ref, out_ref, pre_ref = refs
         r = pl.program_id(0)
-        total = _in_parts(parts_ref, r)
+        addends = _in_parts(parts_ref, r)
         if squares_ref:
-            total = lambda n: parts_ref[r, 0, n] if n < COUNT else squares_ref[0][r]  # noqa: E731
-        logit = _logits(total, S, D, scale_ref, base_ref, rms_eps)
-        _collapsed(r, logit, S, D, hc_eps, rms_eps, x_ref, weight_ref, out_ref, pre_ref)
+            addends = lambda n: [parts_ref[r, 0, n] if n < COUNT else squares_ref[0][r]]  # noqa: E731
+        logits = _logits(addends, S, D, scale_ref, base_ref, rms_eps)
+        _collapsed(r, logits, S, D, hc_eps, rms_eps, x_ref, weight_ref, out_ref, pre_ref)
 
     return kernel
 
@@ -195,8 +210,8 @@ def _place(S: int, D: int, iterations: int, hc_eps: float, rms_eps: float):
 
     def kernel(parts_ref, base_ref, scale_ref, post_ref, comb_ref):
         r = pl.program_id(0)
-        logit = _logits(_in_parts(parts_ref, r), S, D, scale_ref, base_ref, rms_eps)
-        _store_placed(r, logit, S, iterations, hc_eps, post_ref, comb_ref)
+        logits = _logits(_in_parts(parts_ref, r), S, D, scale_ref, base_ref, rms_eps)
+        _store_placed(r, logits, S, iterations, hc_eps, post_ref, comb_ref)
 
     return kernel
 
@@ -209,8 +224,8 @@ def _place_block(S: int, D: int, iterations: int, hc_eps: float, rms_eps: float)
         R = squares_ref.shape[0]
         here, mask = jnp.minimum(row, R - 1), row < R
         squares = lo.load(squares_ref, (here,))
-        total = lambda n: lo.load(parts_ref, (here, 0, n)) if n < COUNT else squares  # noqa: E731
-        post, comb = _placed(_logits(total, S, D, scale_ref, base_ref, rms_eps), S, iterations, hc_eps)
+        addends = lambda n: [lo.load(parts_ref, (here, 0, n)) if n < COUNT else squares]  # noqa: E731
+        post, comb = _placed(_logits(addends, S, D, scale_ref, base_ref, rms_eps), S, iterations, hc_eps)
         for s, value in enumerate(post):
             lo.store(post_ref, (row, s), value, mask=mask)
         for n, value in enumerate(comb):
@@ -219,14 +234,14 @@ def _place_block(S: int, D: int, iterations: int, hc_eps: float, rms_eps: float)
     return kernel
 
 
-def _collapsed(r, logit, S: int, D: int, hc_eps: float, rms_eps: float, x_ref, weight_ref, out_ref, pre_ref) -> None:
+def _collapsed(r, logits, S: int, D: int, hc_eps: float, rms_eps: float, x_ref, weight_ref, out_ref, pre_ref) -> None:
     """Store `pre` and the normed sum of row r's streams."""
     d = jnp.arange(D, dtype=jnp.int32)
     # All loads before the first store and the first sum: a compiler moves none across either, and a few rows wait for
     # the memory rather than for anything else.
     streams = [lo.load(x_ref, (r, s, d)) for s in range(S)]
     weight = lo.load(weight_ref, (d,))
-    pre = [_sigmoid(logit(s)) + hc_eps for s in range(S)]
+    pre = [_sigmoid(x) + hc_eps for x in logits(range(S)).values()]
     x = functools.reduce(jnp.add, [p * stream.astype(jnp.float32) for p, stream in zip(pre, streams, strict=True)])
     x = x.astype(out_ref.dtype).astype(jnp.float32)  # the sublayer's input is rounded before its norm
     norm = lax.rsqrt(jnp.sum(x * x) / D + rms_eps)
@@ -235,18 +250,19 @@ def _collapsed(r, logit, S: int, D: int, hc_eps: float, rms_eps: float, x_ref, w
         pre_ref[r, s] = value
 
 
-def _store_placed(r, logit, S: int, iterations: int, hc_eps: float, post_ref, comb_ref) -> None:
-    post, comb = _placed(logit, S, iterations, hc_eps)
+def _store_placed(r, logits, S: int, iterations: int, hc_eps: float, post_ref, comb_ref) -> None:
+    post, comb = _placed(logits, S, iterations, hc_eps)
     for s, value in enumerate(post):
         post_ref[r, s] = value
     for n, value in enumerate(comb):
         comb_ref[r, n] = value
 
 
-def _placed(logit, S: int, iterations: int, hc_eps: float) -> tuple[list[Array], tuple[Array, ...]]:
+def _placed(logits, S: int, iterations: int, hc_eps: float) -> tuple[list[Array], tuple[Array, ...]]:
     """`post` and the entries of `comb`, row by row."""
-    post = [2 * _sigmoid(logit(S + s)) for s in range(S)]
-    return post, _sinkhorn(tuple(logit((2 + i) * S + j) for i in range(S) for j in range(S)), S, iterations, hc_eps)
+    logit = logits(range(S, COUNT))
+    post = [2 * _sigmoid(logit[S + s]) for s in range(S)]
+    return post, _sinkhorn(tuple(logit[n] for n in range(2 * S, COUNT)), S, iterations, hc_eps)
 
 
 def _sigmoid(x: Array) -> Array:

@@ -16,7 +16,7 @@ from ds4jax.pallas import lowering as lo
 Array = jax.Array
 
 KEYS = 64  # entries that a program scores
-PART = 8192  # entries that a program chooses from
+PART, PART_OF_MANY = 4096, 8192  # entries that a program chooses from; of more than 8 parts
 STEP = 2  # bits of the K-th score found at a time
 MAX_SLOTS = 256
 QUERIES = 16  # of one slot that a program scores its entries for, one after the other
@@ -127,7 +127,7 @@ def best(values: Array, K: int) -> Array:
     B, N = values.shape
     places = None
     while N > PART:
-        parts = -(-N // PART)
+        parts = -(-N // (PART if N <= 8 * PART else PART_OF_MANY))
         values, places = _best(values, places, K, parts)
         N = parts * K
         values, places = values.reshape(B, N), places.reshape(B, N)
@@ -153,14 +153,13 @@ def _best(values: Array, places: Array | None, K: int, parts: int) -> tuple[Arra
         order = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # whole numbers in the order of the values
         flip = jnp.int32(-(2**31))
 
+        digits, column = jnp.arange(1 << STEP, dtype=jnp.int32)[None], order[:, None]
+
         def narrow(i, limit):  # the largest limit that K values reach, as an unsigned number, from its highest bits on
             shift = 32 - STEP * (i + 1)
-            found = limit
-            for digit in range(1, 1 << STEP):
-                candidate = limit | (jnp.int32(digit) << shift)
-                reached = jnp.sum((order >= (candidate ^ flip)).astype(jnp.int32))
-                found = jnp.where(reached >= K, candidate, found)
-            return found
+            candidates = limit | digits << shift  # all counted at once: threads meet once for each step
+            reached = jnp.sum((column >= (candidates ^ flip)).astype(jnp.int32), axis=0)
+            return limit | (jnp.sum((reached >= K).astype(jnp.int32)) - 1) << shift
 
         limit = lax.fori_loop(0, 32 // STEP, narrow, jnp.int32(0)) ^ flip
         above, equal = (order > limit).astype(jnp.int32), (order == limit).astype(jnp.int32)

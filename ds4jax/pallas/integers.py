@@ -177,38 +177,41 @@ class Digits(NamedTuple):
 def split(x: Array, how: Format, blocks: int) -> Digits:
     """x: [rows, K], K a multiple of 256; `blocks` of them, whole spans, zeros behind K."""
     rows, K = x.shape
-    width, near = min(4, lo.power_of_two(blocks)), BLOCK // 8
+    warps, near = min(4, lo.power_of_two(blocks)), BLOCK // 8
     at_ = jnp.asarray(how.places())
 
-    def kernel(x_ref, at_ref, words_ref, scale_ref, *sums_ref):
-        n = pl.program_id(0)
-        block = pl.program_id(1) * width + jnp.arange(width, dtype=jnp.int32)
+    def kernel(x_ref, at_ref, words_ref, scale_ref, *sums_ref):  # a warp has a block, a thread a neighbourhood
+        lane = jnp.arange(32 * warps, dtype=jnp.int32)
+        n, block, hood = pl.program_id(0), pl.program_id(1) * warps + (lane >> 5), lane & 31
         inside = block < blocks
-        hood, two = jnp.arange(near, dtype=jnp.int32), jnp.arange(2, dtype=jnp.int32)
-        place = (BLOCK * block[:, None] + 8 * hood)[:, :, None] + jnp.arange(8, dtype=jnp.int32)
-        tile = lo.load(x_ref, (n, place), mask=place < K).astype(jnp.float32)  # [width, 32, 8]
-        whole, scale = activations.whole_numbers(tile, 2)
-        lo.store(scale_ref, (n, block), scale, mask=inside)
-        low = (whole << 24) >> 24
-        span = (block // how.blocks)[:, None]
-        first = 128 * how.blocks * span + lo.load(at_ref, (near * (block % how.blocks)[:, None] + hood,))
-        live = inside[:, None, None] & (two >= 0)
-        for i, digit in enumerate(((whole - low) >> 8, low)):
-            at = first[:, :, None] + (4 * i + two)
-            lo.store(words_ref, (n, at), activations.pack(digit.reshape(width, near, 2, 4)), mask=live & (at >= 0))
-            if sums_ref:
-                run = jnp.sum(jnp.sum(digit.reshape(width, 16, 2, 8), axis=3), axis=2)
+        at = lo.load(at_ref, (near * (block % how.blocks) + hood,))
+        place = (BLOCK * block + 8 * hood)[:, None] + jnp.arange(8, dtype=jnp.int32)
+        lo.loads_first()
+        x = [v.astype(jnp.float32) for v in lo.unstack(lo.load(x_ref, (n, place), mask=place < K))]
+        whole, scale = activations.whole_numbers(x, 2, (1, 2, 4, 8, 16))
+        lo.store(scale_ref, (n, block), scale, mask=inside & (hood == 0))
+        first = 128 * how.blocks * (block // how.blocks) + at
+        for i, pair in enumerate(activations.words(whole, 2)):
+            for j, word in enumerate(pair):  # one by one: side by side they would go through shared memory first
+                lo.store(words_ref, (n, first + (4 * i + j)), word, mask=inside)
+        if sums_ref:  # run 8c + 2f + h of 16 stands in field f of chunk c, half h
+            low = [(w << 24) >> 24 for w in whole]
+            high = [(w - d) >> 8 for w, d in zip(whole, low, strict=True)]
+            for i, digit in enumerate((high, low)):
+                run = functools.reduce(jnp.add, digit)
+                run = run + lo.from_thread(run, 1)
                 sixteenths = (run + 8) >> 4
+                at = 16 * block + 8 * (hood >> 4) + 4 * (hood >> 1 & 1) + 2 * i
                 for j, part in enumerate((run - 16 * sixteenths, sixteenths)):
-                    fields = part.reshape(width, 2, 4, 2) & 255  # chunk, field, half
-                    word = jnp.sum(fields << 8 * jnp.arange(4, dtype=jnp.int32)[:, None], axis=2)
-                    at = (16 * block[:, None] + 8 * two)[:, :, None] + (4 * two + (2 * i + j))
-                    lo.store(sums_ref[0], (n, at), word, mask=live & (at >= 0))
+                    word = (part & 255) << (8 * (hood >> 2 & 3))
+                    for mask in (4, 8):
+                        word = word | lo.from_thread(word, mask)
+                    lo.store(sums_ref[0], (n, at + j), word, mask=inside & (hood & 13 == 0))
 
     shapes = [((rows, 128 * blocks), jnp.int32), ((rows, blocks), jnp.float32), ((rows, 16 * blocks), jnp.int32)]
     out = lo.call(
         kernel, [jax.ShapeDtypeStruct(*s) for s in (shapes if how.sums else shapes[:2])], x, at_,
-        grid=(rows, -(-blocks // width)), tuning=lo.Tuning(warps=4, stages=1), name="split_blocks",
+        grid=(rows, -(-blocks // warps)), tuning=lo.Tuning(warps=warps, stages=1), name="split_blocks",
     )  # fmt: skip
     return Digits(out[0], out[1], out[2] if how.sums else None)
 
@@ -222,7 +225,7 @@ class Work:
 
     format, how: of the weights, and how they are read. tiles: of every stack the thread's rows g and g + 8. table:
     makes or gives the codebook's, or None. digits: refs of `Digits`. first, steps: the spans that the thread takes.
-    last: the weights' last block; activations behind it are zeros. ahead: as `Tuning.ahead`.
+    last: the weights' last block; activations behind it are zeros.
     """
 
     format: str
@@ -234,7 +237,6 @@ class Work:
     first: Array
     steps: int
     last: int
-    ahead: int
 
     def products(self, width: int, row: Callable[[Any], Array]) -> list[list[list[list[Array]]]]:
         """With rows row(0) … row(width - 1) of activations: for every stack, for every 4 of them (or 8, where the
@@ -284,23 +286,19 @@ def _by_runs(work: Work, width: int, row: Callable[[Any], Array]) -> list[list[l
     own = jnp.broadcast_to((g >> 1 == t)[:, None], (*t.shape, 4))
     zero, nothing = jnp.zeros(t.shape, jnp.int32), jnp.zeros(t.shape, jnp.float32)
 
-    def fetch(i):
-        block = 2 * (work.first + i) + (t >> 1)
-        at = 8 * jnp.minimum(block, work.last) + 4 * (t & 1)
-        return [
-            [[_four(half.refs[name], half.rows, at, stream=True) for half in tile] for tile in work.tiles]
-            for name in ("codes", "signs")
-        ]
+    table = work.table()
 
-    def body(i, carry):
-        loaded, totals = carry
-        codes, signs = loaded or fetch(i)
-        if loaded and work.steps > 1:
-            loaded = fetch(jnp.minimum(i + 1, work.steps - 1))
-            lo.loads_first()
+    def body(i, totals):
         span = work.first + i
         block = 2 * span + (t >> 1)
         here = jnp.minimum(block, work.last)
+        codes, signs = (
+            [
+                [_four(half.refs[name], half.rows, 8 * here + 4 * (t & 1), stream=True) for half in tile]
+                for tile in work.tiles
+            ]
+            for name in ("codes", "signs")
+        )
         sums = [[[zero] * 4 for _ in rows] for _ in work.tiles]
         for r in range(4):
             place = 256 * span + 64 * r + 8 * t + 4 * (g & 1)
@@ -322,12 +320,9 @@ def _by_runs(work: Work, width: int, row: Callable[[Any], Array]) -> list[list[l
                 for h in range(2):
                     y = (f[2 * h] * 256.0 + f[2 * h + 1]) * d[h]
                     totals[m][n][h] = lo.fma(y, scale, totals[m][n][h])
-        return loaded, totals
+        return totals
 
-    # on its way while the table is made
-    first = fetch(0) if work.ahead or work.steps == 1 else []
-    table = work.table()
-    _, totals = lo.loop(work.steps, body, (first, [[[nothing] * 2 for _ in rows] for _ in work.tiles]))
+    totals = lo.loop(work.steps, body, [[[nothing] * 2 for _ in rows] for _ in work.tiles])
     return [[_of_thread(its[n : n + 4], t) for n in range(0, width, 4)] for its in totals]
 
 
@@ -550,7 +545,7 @@ def _experts(
             made = lookup()
             lookup = lambda: made  # noqa: E731
         named = [dict(zip(stack.parts, take(len(stack.parts)), strict=True)) for stack in stacks]
-        i, threads, base = pl.program_id(1), lo.Threads.of(W), pl.program_id(0) * rows
+        i, threads, base = pl.program_id(1), lo.Threads.of(W, tuning.registers), pl.program_id(0) * rows
         if few:  # here, because a launch of its own takes as long as routing
             expert = jnp.clip(plan_refs[0][i], 0, experts - 1)
         else:
@@ -567,7 +562,7 @@ def _experts(
             at = [expert * out + jnp.minimum(row + 8 * h, out - 1) for h in range(2)]
             work = Work(
                 first.format, how, [tuple(decode.Tile(its, r) for r in at) for its in named], threads, lookup, x_refs,
-                threads.warp // (W // parts) * steps, steps, blocks - 1, tuning.ahead,
+                threads.warp // (W // parts) * steps, steps, blocks - 1,
             )  # fmt: skip
             sums = work.products(width, lambda place: source(assignment(place)))
             those = lo.Threads.of(W // parts)

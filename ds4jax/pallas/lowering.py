@@ -15,6 +15,7 @@ import contextvars
 import dataclasses
 import functools
 import inspect
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -32,7 +33,7 @@ MIN_CAPABILITY = 8.0  # dp4a is older, but bf16 tensor cores are not
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
-    """Shape of a kernel's work. Every number is a power of two.
+    """Shape of a kernel's work. Numbers that count elements are powers of two.
 
     rows: output rows of a program. units: steps of the decoder along the input axis that a program takes at once.
     warps, stages: Triton's num_warps and num_stages. tokens: rows of activations of a program (matrix kernels).
@@ -47,6 +48,7 @@ class Tuning:
     tokens: int = 16
     ahead: int = 0
     parts: int = 1
+    registers: int = 0
 
 
 # ---- mode ------------------------------------------------------------------------------------------------------------
@@ -431,9 +433,32 @@ def _give_all_results() -> None:
 
     def flat(ctx, *args, **kw):
         out = rule(ctx, *args, **kw)
+        if found := _REGISTERS.search(kw.get("asm", "")):
+            _set_register_limit(int(found[1]))
         return list(out if len(out) == len(ctx.avals_out) else out[0])
 
     rules.triton_lowering_rules[asm] = flat
+
+
+_REGISTERS = re.compile(r"// at most (\d+) registers")
+
+
+def limit_registers(x: Array, most: int) -> Array:
+    """x. A kernel that uses the result gets at most `most` registers a thread: more programs run side by side, and what
+    does not fit goes to memory. 0: as many as the compiler likes. 32-bit whole numbers."""
+    if not most or interpreting():
+        return x
+    return instructions(f"mov.b32 $0, $1; // at most {most} registers", [x], [x.dtype], lambda x: [x])[0]
+
+
+def _set_register_limit(most: int) -> None:
+    """Of the module that is being lowered; Triton passes the attribute on to the assembler."""
+    from jaxlib.mlir import ir
+
+    owner = ir.InsertionPoint.current.block.owner
+    while owner.name != "builtin.module":
+        owner = owner.parent
+    owner.attributes["ttg.maxnreg"] = ir.IntegerAttr.get(ir.IntegerType.get_signless(32), most)
 
 
 WARP_ROWS, WARP_COLUMNS = 16, 8  # of a warp's product
@@ -447,8 +472,9 @@ class Threads(NamedTuple):
     t: Array
 
     @classmethod
-    def of(cls, warps: int) -> Threads:
-        lane = jnp.arange(32 * warps, dtype=jnp.int32)
+    def of(cls, warps: int, registers: int = 0) -> Threads:
+        """registers: see `limit_registers`."""
+        lane = limit_registers(jnp.arange(32 * warps, dtype=jnp.int32), registers)
         return cls(lane >> 5, lane >> 2 & 7, lane & 3)
 
 
@@ -486,6 +512,13 @@ def sum_of_four(x: Array) -> Array:
     }"""
     twin = lambda x: [jnp.repeat(jnp.sum(x.reshape(-1, 4), axis=1), 4)]  # noqa: E731
     return instructions(code, [x], [jnp.float32], twin)[0]
+
+
+def from_thread(x: Array, mask: int) -> Array:
+    """What the thread of the same warp has whose number differs in the bit `mask`: int32 or float32 [threads]."""
+    twin = lambda x: [jnp.flip(x.reshape(-1, 2, mask), 1).reshape(-1)]  # noqa: E731
+    code = f"shfl.sync.bfly.b32 $0, $1, {mask}, 31, -1;"
+    return instructions(code, [x], [x.dtype], twin)[0]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -134,11 +134,12 @@ def table_for(format: str, codebook: np.ndarray | None) -> list[Array]:
 
 def matvec(
     x: Array, parts: dict[str, Array], format: str, out_dtype: Any, codebook: np.ndarray | None = None,
-    tuning: lo.Tuning | None = None,
+    tuning: lo.Tuning | None = None, norm: tuple[Array, float] | None = None,
 ) -> Array:  # fmt: skip
     """`x[N, in] · w[out, in]ᵀ → [N, out]`, or `x[N, G, in] · w[G, out, in]ᵀ → [N, G, out]`, 1 ≤ N ≤ 8.
 
-    parts, format: of the `QuantizedArray`. codebook: of an IQ format: its grid or its sixteen values.
+    parts, format: of the `QuantizedArray`. codebook: of an IQ format: its grid or its sixteen values. norm: see
+    `activations.split`.
     NotImplementedError where no kernel serves the call.
     """
     stacked = x.ndim == 3
@@ -149,7 +150,7 @@ def matvec(
         raise NotImplementedError(f"{N} rows of activations; this kernel takes 1 to {MAX_ROWS}")
     tuning = tuning or tuned.matvec(format, N, G * out, K)
     digits = activations.digits_for(x.dtype)
-    xs = activations.split(x.reshape(N * G, K), digits)  # row n·G + g
+    xs = activations.split(x.reshape(N * G, K), digits, norm)  # row n·G + g
     names, arrays = flat_parts(parts)
     table = table_for(format, codebook)
     R = min(tuning.rows, lo.power_of_two(out))

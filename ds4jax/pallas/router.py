@@ -30,14 +30,15 @@ def choose(logits: Array, bias: Array, k: int, normalize: bool, factor: float) -
         x, bias = lo.load(logits_ref, (n, e)), lo.load(bias_ref, (e,))  # both before anything is stored
         probs = jnp.sqrt(jnp.maximum(x, 0) + lax.log1p(jnp.exp(-jnp.abs(x))))
         lo.store(probs_ref, (n, e), probs)
-        score = probs + bias
+        # as whole numbers in the same order: a warp has one instruction for their largest
+        bits, own = (lax.bitcast_convert_type(x, jnp.int32) for x in (probs + bias, probs))
+        score = bits ^ ((bits >> 31) & 0x7FFFFFFF)
         chosen, weights = [], []
         for _ in range(k):
-            best = jnp.max(score)
-            i = jnp.minimum(jnp.min(jnp.where(score == best, e, E)), E - 1)  # NaN equals nothing
+            i = jnp.min(jnp.where(score == jnp.max(score), e, E))
             chosen.append(i)
-            weights.append(jnp.sum(jnp.where(e == i, probs, 0)))
-            score = jnp.where(e == i, -jnp.inf, score)
+            weights.append(lax.bitcast_convert_type(jnp.max(jnp.where(e == i, own, 0)), jnp.float32))
+            score = jnp.where(e == i, jnp.int32(-(2**31)), score)
         total = sum(weights) if normalize else 1.0
         for j, (i, w) in enumerate(zip(chosen, weights, strict=True)):
             experts_ref[n, j] = i

@@ -34,8 +34,11 @@ _DEFAULT = {
 }
 _STEP = 128  # elements of a row that a tensor-core kernel decodes at a time
 
-# rows of activations from which on a weight is expanded and multiplied by a plain product; to be measured
-EXPAND_FROM = 129
+# Rows of activations from which on a weight is expanded and multiplied by a plain product. Q8_0 on an H200: 48 µs of
+# 128 rows and 54 of 256, where decoding tile by tile takes 67 and 121 (32768 × 1024); up to 64 there is `fragments`.
+EXPAND_FROM, EXPAND_Q8_0_FROM = 129, 65
+# XLA expands these as fast or faster: a thread of the kernel stores too little side by side
+EXPANDED_BY_XLA = ("Q2_K", "Q3_K", "Q4_K", "Q5_K")
 _EXPANDED = 4096  # elements that a program expands: of bytes, four stores of a thread
 
 BYTES_UP_TO = 8  # assignments an expert, on average, up to which a batch's experts go by byte products
@@ -98,6 +101,11 @@ def fragments(N: int, out: int, matrices: int, steps: int) -> Tuning:
     while programs * parts < want and parts < 16 and steps % (2 * parts) == 0:
         parts *= 2
     return Tuning(rows=rows, warps=4, stages=1, parts=parts)
+
+
+def expands(format: str, rows: int) -> bool:
+    """Whether a weight is expanded once for so many rows of activations."""
+    return rows >= (EXPAND_Q8_0_FROM if format == "Q8_0" else EXPAND_FROM)
 
 
 def grouped(format: str, out: int, K: int, assignments: int, experts: int) -> Tuning:

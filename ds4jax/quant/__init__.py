@@ -5,7 +5,7 @@ from ds4jax.quant.decode import dequantize
 from ds4jax.quant.encode import quantize
 from ds4jax.quant.experts import expert_down, expert_swiglu, swiglu
 from ds4jax.quant.formats import FORMATS, Format, from_ggml_id, get_format
-from ds4jax.quant.matmul import matmul, matmul_many
+from ds4jax.quant.matmul import matmul, matmul_many, norms_on_load
 
 __all__ = [
     "FORMATS",
@@ -21,6 +21,7 @@ __all__ = [
     "get_format",
     "matmul",
     "matmul_many",
+    "norms_on_load",
     "quantize",
     "swiglu",
     "to_blocks",

@@ -251,7 +251,9 @@ def _pallas(x: jax.Array, w: Any, out_dtype: Any) -> jax.Array:
     if not rows:
         raise NotImplementedError("no rows")
     flat = x.reshape(rows, *x.shape[len(lead) :])
-    product = _kernel if rows < tuned.EXPAND_FROM else _expanded
+    product = _kernel
+    if tuned.expands(w.format, rows):
+        product = _packed if w.format in tuned.EXPANDED_BY_XLA else _expanded
     y = product(flat, w, out_dtype)
     return y.reshape(*lead, *y.shape[1:])
 
@@ -331,11 +333,54 @@ def matmul_many(
 IMPLEMENTATIONS = {"pallas": _pallas, "xla": _xla}
 
 
-def matmul(x: Any, w: Any, *, out_dtype: Any = None, implementation: str | None = None) -> jax.Array:
+def _normed(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    wide = x.astype(jnp.float32)
+    scale = lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return (wide * scale * weight.astype(jnp.float32)).astype(x.dtype)
+
+
+def _xla_normed(x: jax.Array, weight: jax.Array, eps: float, w: Any, out_dtype: Any) -> jax.Array:
+    return _xla(_normed(x, weight, eps), w, out_dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _kernel_normed(x: jax.Array, weight: jax.Array, w: QuantizedArray, eps: float, out_dtype: Any) -> jax.Array:
+    return matvec.matvec(x, w.parts, w.format, out_dtype, codebook(w.format), norm=(weight, eps))
+
+
+def _kernel_normed_bwd(eps, out_dtype, args, g):
+    x, weight, w = args
+    return *jax.vjp(lambda x, weight: _xla_normed(x, weight, eps, w, out_dtype), x, weight)[1](g), None
+
+
+_kernel_normed.defvjp(lambda *args: (_kernel_normed(*args), args[:3]), _kernel_normed_bwd)
+
+
+def _pallas_normed(x: jax.Array, weight: jax.Array, eps: float, w: Any, out_dtype: Any) -> jax.Array:
+    lowering.require_device()
+    if not norms_on_load(x, w):
+        raise NotImplementedError("rows are normed on their way for a few of them and a packed matrix")
+    y = _kernel_normed(x.reshape(-1, x.shape[-1]), weight, w, eps, out_dtype)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+NORMED_IMPLEMENTATIONS = {"pallas": _pallas_normed, "xla": _xla_normed}
+
+
+def norms_on_load(x: jax.Array, w: Any) -> bool:
+    """Whether `matmul(x, w, norm=…)` can be one step less than a norm and a product."""
+    return isinstance(w, QuantizedArray) and w.ndim == 2 and math.prod(x.shape[:-1]) <= matvec.MAX_ROWS
+
+
+def matmul(
+    x: Any, w: Any, *, out_dtype: Any = None, norm: tuple[Any, float] | None = None, implementation: str | None = None
+) -> jax.Array:
     """`x[..., in] · w[out, in]ᵀ → [..., out]`, or `x[..., G, in] · w[G, out, in]ᵀ → [..., G, out]` for a stack.
 
     x: floating. w: a `QuantizedArray` or a plain array; its values are rounded to x's dtype (or kept exact). Products
         accumulate in float32 (float32 x asks for full float32 precision); the result is `out_dtype`, x's by default.
+    norm: (weight [in], epsilon): x's rows divided by their root mean square, times weight, rounded to x's dtype, come
+        in x's place. See `norms_on_load`.
     implementation: None for the best available, "pallas" (kernels) or "xla" (plain JAX).
 
     A packed weight is decoded a tile of rows at a time, forward and backward. Reverse-mode differentiable in x, and in
@@ -349,4 +394,10 @@ def matmul(x: Any, w: Any, *, out_dtype: Any = None, implementation: str | None 
     if x.shape[-1] != w.shape[-1] or (len(w.shape) == 3 and x.shape[-2] != w.shape[0]):
         want = "[..., in]" if len(w.shape) == 2 else "[..., G, in]"
         raise DS4Error(f"matmul: x {list(x.shape)} does not fit w {list(w.shape)}; x must be {want}")
-    return api.run("matmul", IMPLEMENTATIONS, implementation, x, w, np.dtype(out_dtype or x.dtype))
+    out_dtype = np.dtype(out_dtype or x.dtype)
+    if norm is None:
+        return api.run("matmul", IMPLEMENTATIONS, implementation, x, w, out_dtype)
+    weight, eps = jnp.asarray(norm[0]), float(norm[1])
+    if weight.shape != x.shape[-1:]:
+        raise DS4Error(f"matmul: the norm's weight {list(weight.shape)} must be [{x.shape[-1]}]")
+    return api.run("matmul_normed", NORMED_IMPLEMENTATIONS, implementation, x, weight, eps, w, out_dtype)
