@@ -385,8 +385,7 @@ class Attention(nnx.Module):
         flat_rows = lambda a, heads: a.reshape(B * T, heads, -1)  # noqa: E731
         # the indexer learns from `divergence` alone, which must not reach the model; a choice has no gradient
         together = T == 1 and not tap.wants("indexer.kl")
-        products = self._products(x, together)
-        raw, index_raw = self._query_products(products["wq_a"], together)
+        raw, index_raw, products = self._products(x, together)
         q, _ = finish(flat_rows(raw, H), positions, freqs, eps=c.rms_norm_eps)
         q = tap("q", q.reshape(B, T, H, d))
         kv, cache = self._keys(products["wkv"], step, cache, freqs, tap)
@@ -407,27 +406,32 @@ class Attention(nnx.Module):
     def _rounding(self) -> str | None:
         return "fp8" if self.cache_quant else None
 
-    def _products(self, x: Array, together: bool) -> dict[str, Array]:
-        """Everything a layer multiplies x [B, T, D] with. For a single token in two launches, since what waits for the
-        queries' product waits longest; else the indexer's apart."""
+    def _products(self, x: Array, together: bool) -> tuple[Array, Array | None, dict[str, Array]]:
+        """Everything a layer multiplies x [B, T, D] with: queries [B, T, H·d] and the indexer's, see `_query_products`,
+        and the rest by name. A single token's in several launches, what is waited for longest first."""
         exact = lambda linear: (linear, jnp.float32, True)  # noqa: E731
         query, keys = {"wq_a": (self.wq_a, x.dtype, False)}, {"wkv": (self.wkv, x.dtype, False)}
+        weights, own = {}, {}
         if self.ratio:
             keys |= {"kv": exact(self.compressor.wkv), "gate": exact(self.compressor.wgate)}
-        own = {}
         if self.ratio == 4:
+            weights = {"index_weights": (self.indexer.weights_proj, jnp.float32, False)}
             compressor = self.indexer.compressor
             own = {"index_kv": exact(compressor.wkv), "index_gate": exact(compressor.wgate)}
-            own["index_weights"] = (self.indexer.weights_proj, jnp.float32, False)
-        groups = [(query, x), (keys | own, x)]
-        if not together:
-            groups = [(query | keys, x), *([(own, jax.lax.stop_gradient(x))] if own else [])]
-        out = {}
-        for group, of in groups:
+
+        def multiply(of, group, after=None):
             linears, dtypes, precise = zip(*group.values(), strict=True)
-            ys = quant.matmul_many(of, [value(w.weight) for w in linears], out_dtypes=dtypes, precise=precise)
-            out |= dict(zip(group, ys, strict=True))
-        return out
+            options = dict(out_dtypes=dtypes, precise=precise, after=after)
+            ys = quant.matmul_many(of, [value(w.weight) for w in linears], **options)
+            return dict(zip(group, ys, strict=True))
+
+        if not together:
+            out = multiply(x, query | keys) | (multiply(jax.lax.stop_gradient(x), own | weights) if own else {})
+            return *self._query_products(out["wq_a"], together), out
+        # entries are scored and chosen while the larger products are made, so those come last
+        out = multiply(x, query | weights) | (multiply(x, own) if own else {})
+        raw, index_raw = self._query_products(out["wq_a"], together)
+        return raw, index_raw, out | multiply(x, keys, index_raw)
 
     def _query_products(self, qr: Array, together: bool) -> tuple[Array, Array | None]:
         """qr [B, T, R], not yet normed, times wq_b, and times the indexer's."""
@@ -439,7 +443,6 @@ class Attention(nnx.Module):
             return self.wq_b(qr), None
         if not together:
             return self.wq_b(qr), self.indexer.wq_b(jax.lax.stop_gradient(qr))
-        # its entries are scored and chosen while the larger product is made
         (index_raw,) = quant.matmul_many(qr, [value(self.indexer.wq_b.weight)])
         return self.wq_b(qr), index_raw
 

@@ -186,10 +186,12 @@ def schedule(ids: Array, experts: int, M: int) -> Schedule:
     return Schedule(order, expert, starts[expert] + nth * M, jnp.where(tile < ends[-1], count, 0))
 
 
-def _by_width(M: int, count: Array, body: Callable[[int], None]) -> None:
-    """body(width) for the power of two up to M that holds `count` assignments; nothing where there are none."""
-    for width in (1 << i for i in range(M.bit_length())):
-        pl.when((count > width // 2) & (count <= width))(lambda width=width: body(width))
+def by_width(least: int, most: int, count: Array, body: Callable[[int], None]) -> None:
+    """body(width) for the power of two from `least` to `most` that holds `count`; nothing where that is 0."""
+    below = 0
+    for width in (least << i for i in range((most // least).bit_length())):
+        pl.when((count > below) & (count <= width))(lambda width=width: body(width))
+        below = width
 
 
 def _grouped(
@@ -227,7 +229,7 @@ def _grouped(
                     y = finish(n, more_refs, *sums)
                     lo.store(out_ref, (n, row), y, mask=(row < out) & (j < count))
 
-        _by_width(M, count, tile)
+        by_width(1, M, count, tile)
 
     plan = schedule(ids, E, M)
     return lo.call(

@@ -16,8 +16,10 @@ from ds4jax.pallas import lowering as lo
 Array = jax.Array
 
 KEYS = 64  # entries that a program scores
-PART, PART_OF_MANY = 4096, 8192  # entries that a program chooses from; of more than 8 parts
-STEP = 2  # bits of the K-th score found at a time
+PART = 8192  # entries that a program chooses from
+PAIRS, COUNTED = 1 << 27, 10240  # comparisons in all, and entries, up to which all programs count together
+COUNTS, AT_ONCE = 4, 8  # entries that a program then places, and blocks of others that it loads at once
+STEP = 1  # bits of the K-th score found at a time
 MAX_SLOTS = 256
 QUERIES = 16  # of one slot that a program scores its entries for, one after the other
 
@@ -123,15 +125,62 @@ def scores_many(q: Array, weights: Array, keys: Array, first: Array, ratio: int)
 
 
 def best(values: Array, K: int) -> Array:
-    """Where the K largest of values float32 [B, N] are, in order, the first of equals: int32 [B, K], -1 for -inf."""
+    """Where the K largest of values float32 [B, N] are, of equals the first: int32 [B, K] in any order, -1 for -inf."""
     B, N = values.shape
     places = None
-    while N > PART:
-        parts = -(-N // (PART if N <= 8 * PART else PART_OF_MANY))
+    while N > COUNTED or B * N * N > PAIRS:
+        if N <= PART:
+            return _best(values, places, K, 1)[1][:, 0]
+        parts = -(-N // PART)
         values, places = _best(values, places, K, parts)
         N = parts * K
         values, places = values.reshape(B, N), places.reshape(B, N)
-    return _best(values, places, K, 1)[1][:, 0]
+    return _ranked(values, places, K)
+
+
+def _in_order(x: Array) -> Array:
+    """float32 → int32 in the same order."""
+    bits = lax.bitcast_convert_type(x, jnp.int32)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+def _ranked(values: Array, places: Array | None, K: int) -> Array:
+    """As `best`, the largest first: an entry's place is how many come before it, and programs count for themselves."""
+    B, N = values.shape
+    width = min(256, max(COUNTS, lo.power_of_two(N)))
+    chunks = -(-N // width)
+    turns = -(-chunks // AT_ONCE)
+
+    def kernel(values_ref, *refs):
+        *places_ref, out_ref = refs
+        b, begin = pl.program_id(0), pl.program_id(1) * COUNTS
+        i, n = begin + jnp.arange(COUNTS, dtype=jnp.int32), jnp.arange(width, dtype=jnp.int32)
+        here = jnp.minimum(i, N - 1)
+
+        def others(c):
+            at = c * width + n
+            return at, _in_order(lo.load(values_ref, (b, jnp.minimum(at, N - 1)))), at < N
+
+        def count(turn, total):  # of equals only those before it are: a block is before it, behind it, or its own
+            first = turn * AT_ONCE
+            for c, (_, other, exists) in [(first + j, others(first + j)) for j in range(min(AT_ONCE, chunks))]:
+                least = jnp.where((c + 1) * width <= begin, own - 1, own)
+                total = total + ((other[None] > least[:, None]) & exists[None]).astype(jnp.int32)
+            return total
+
+        x = lo.load(values_ref, (b, here))
+        own = _in_order(x)
+        at, other, _ = others(begin // width)
+        total = ((other[None] == own[:, None]) & (at[None] < i[:, None])).astype(jnp.int32)
+        rank = jnp.sum(lo.loop(turns, count, total), axis=1)
+        place = here if places is None else lo.load(places_ref[0], (b, here))
+        to = jnp.minimum(rank, K - 1)
+        lo.store(out_ref, (b, to), jnp.where(x > -jnp.inf, place, -1), mask=(i < N) & (rank < K))
+
+    return lo.call(
+        kernel, jax.ShapeDtypeStruct((B, K), jnp.int32), values, *([] if places is None else [places]),
+        grid=(B, -(-N // COUNTS)), tuning=lo.Tuning(warps=4, stages=1), name="index_best",
+    )  # fmt: skip
 
 
 def _best(values: Array, places: Array | None, K: int, parts: int) -> tuple[Array, Array]:
@@ -149,17 +198,17 @@ def _best(values: Array, places: Array | None, K: int, parts: int) -> tuple[Arra
         mine = (n < each) & (at < N)
         at = jnp.minimum(at, N - 1)
         x = jnp.where(mine, lo.load(values_ref, (b, at)), -jnp.inf)
-        bits = lax.bitcast_convert_type(x, jnp.int32)
-        order = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # whole numbers in the order of the values
+        order = _in_order(x)
         flip = jnp.int32(-(2**31))
-
-        digits, column = jnp.arange(1 << STEP, dtype=jnp.int32)[None], order[:, None]
 
         def narrow(i, limit):  # the largest limit that K values reach, as an unsigned number, from its highest bits on
             shift = 32 - STEP * (i + 1)
-            candidates = limit | digits << shift  # all counted at once: threads meet once for each step
-            reached = jnp.sum((column >= (candidates ^ flip)).astype(jnp.int32), axis=0)
-            return limit | (jnp.sum((reached >= K).astype(jnp.int32)) - 1) << shift
+            found = limit
+            for digit in range(1, 1 << STEP):
+                candidate = limit | (jnp.int32(digit) << shift)
+                reached = jnp.sum((order >= (candidate ^ flip)).astype(jnp.int32))
+                found = jnp.where(reached >= K, candidate, found)
+            return found
 
         limit = lax.fori_loop(0, 32 // STEP, narrow, jnp.int32(0)) ^ flip
         above, equal = (order > limit).astype(jnp.int32), (order == limit).astype(jnp.int32)
@@ -177,5 +226,5 @@ def _best(values: Array, places: Array | None, K: int, parts: int) -> tuple[Arra
     return lo.call(
         kernel, [jax.ShapeDtypeStruct(*s) for s in shapes], values, *([] if places is None else [places]),
         grid=(B, parts),
-        tuning=lo.Tuning(warps=max(4, min(16, width // 256)), stages=1), name="index_best",
+        tuning=lo.Tuning(warps=max(1, min(8, width // 1024)), stages=1), name="index_best",
     )  # fmt: skip

@@ -30,7 +30,7 @@ from jax.experimental import pallas as pl
 
 from ds4jax.pallas import activations, decode, matvec, tuned
 from ds4jax.pallas import lowering as lo
-from ds4jax.pallas.experts import MAX_TOKENS, Stack, activation, combine, schedule
+from ds4jax.pallas.experts import MAX_TOKENS, Stack, activation, by_width, combine, schedule
 
 Array = jax.Array
 
@@ -497,14 +497,6 @@ def serves(format: str, dtype: Any) -> bool:
     return format in TOKENS and np.dtype(dtype) == jnp.bfloat16 and lo.has_instructions()
 
 
-def _by_width(least: int, most: int, count: Array, body: Callable[[int], None]) -> None:
-    """body(width) for the power of two from `least` to `most` that holds `count`; nothing where that is 0."""
-    below = 0
-    for width in (least << i for i in range((most // least).bit_length())):
-        pl.when((count > below) & (count <= width))(lambda width=width: body(width))
-        below = width
-
-
 def _experts(
     name: str, x: Array, stacks: list[Stack], ids: Array, more: list[Array], dtype: Any, tuning: lo.Tuning | None,
     source: Callable[[Any], Any], finish: Callable[..., Array],
@@ -578,7 +570,7 @@ def _experts(
         if few:
             run(1)
         else:
-            _by_width(least, M, used, run)
+            by_width(least, M, used, run)
 
     return lo.call(
         kernel, jax.ShapeDtypeStruct((N, out), dtype), *more, *plan, *digits, *book, *packed,

@@ -21,11 +21,12 @@ from jax.experimental import pallas as pl
 
 from ds4jax.pallas import decode, matvec, tuned
 from ds4jax.pallas import lowering as lo
-from ds4jax.pallas.experts import Stack, activation, combine, schedule
+from ds4jax.pallas.experts import Stack, activation, by_width, combine, schedule
 
 Array = jax.Array
 
 PROGRAMS = 512  # that a device runs at once, or more
+LEAST = 64  # tokens of a tile that are multiplied at least: those of an instruction of Hopper's
 
 
 def _check(dtype: Any, K: int, *formats: str) -> None:
@@ -157,9 +158,8 @@ def _grouped(
         count = count_ref[i]
         row = pl.program_id(0) * R + jnp.arange(R, dtype=jnp.int32)
 
-        @pl.when(count > 0)
-        def _():
-            place = jnp.arange(M, dtype=jnp.int32)
+        def run(width):
+            place = jnp.arange(width, dtype=jnp.int32)
             n = lo.load(order_ref, (start_ref[i] + place,))
             rows = expert_ref[i] * out + jnp.minimum(row, out - 1)
             tiles = [
@@ -168,6 +168,8 @@ def _grouped(
             ]
             y = finish(n, more_refs, *_products(tiles, K, units, x_ref, source(n), ahead=tuning.ahead))
             lo.store(out_ref, (n[:, None], row[None, :]), y, mask=(place < count)[:, None] & (row < out)[None, :])
+
+        by_width(M // 2 if M > LEAST else M, M, count, run)
 
     plan = schedule(ids, experts, M)
     return lo.call(

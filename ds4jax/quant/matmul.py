@@ -178,9 +178,11 @@ def _described(w: Any) -> tuple[dict[str, jax.Array], str | None]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _direct(x: jax.Array, weights: tuple[Any, ...], out_dtypes: tuple[Any, ...]) -> list[jax.Array]:
+def _direct(
+    x: jax.Array, weights: tuple[Any, ...], out_dtypes: tuple[Any, ...], after: jax.Array | None
+) -> list[jax.Array]:
     # x as in `_packed`, of one weight if it is a stack
-    return direct.products(x, [_described(w) for w in weights], out_dtypes)
+    return direct.products(x, [_described(w) for w in weights], out_dtypes, after)
 
 
 def _direct_bwd(out_dtypes, args, g):
@@ -197,7 +199,7 @@ def _direct_bwd(out_dtypes, args, g):
 
     dx, d_dense = jax.vjp(of, x, dense)[1](g)
     rest = iter(d_dense)
-    return dx, tuple(None if p else next(rest) for p in packed)
+    return dx, tuple(None if p else next(rest) for p in packed), None
 
 
 _direct.defvjp(lambda *args: (_direct(*args), args[:2]), _direct_bwd)
@@ -258,17 +260,22 @@ def _pallas(x: jax.Array, w: Any, out_dtype: Any) -> jax.Array:
     return y.reshape(*lead, *y.shape[1:])
 
 
-def _pallas_many(x: jax.Array, weights: tuple[Any, ...], out_dtypes: tuple[Any, ...]) -> list[jax.Array]:
+def _pallas_many(
+    x: jax.Array, weights: tuple[Any, ...], out_dtypes: tuple[Any, ...], after: jax.Array | None = None
+) -> list[jax.Array]:
     lowering.require_device()
     lead = x.shape[: x.ndim - (weights[0].ndim - 1)]
-    ys = _direct(x.reshape(math.prod(lead), *x.shape[len(lead) :]), weights, out_dtypes)
+    ys = _direct(x.reshape(math.prod(lead), *x.shape[len(lead) :]), weights, out_dtypes, after)
     return [y.reshape(*lead, *y.shape[1:]) for y in ys]
 
 
-def _pieces(w: jax.Array) -> list[jax.Array]:
-    """bfloat16 arrays whose sum is w: one for bfloat16, three for float32."""
+NARROW = 64  # rows of weights
+
+
+def _pieces(w: jax.Array, count: int) -> list[jax.Array]:
+    """`count` bfloat16 arrays whose sum is w, if they are one for bfloat16, two for float16, or three for float32."""
     rest, out = w.astype(jnp.float32), []
-    for _ in range(1 if w.dtype == jnp.bfloat16 else 3):
+    for _ in range(count):
         # a conversion and back would be dropped as excess precision
         piece = lax.reduce_precision(rest, 8, 7)
         out.append(piece.astype(jnp.bfloat16))
@@ -291,21 +298,27 @@ def _precise(x: jax.Array, w: Any, out_dtype: Any) -> jax.Array:
     of bfloat16, each exact before it is added up, which tensor cores do ten times as fast."""
     if x.dtype != jnp.bfloat16 or isinstance(w, QuantizedArray):
         return matmul(x.astype(jnp.float32), w, out_dtype=out_dtype)
+    if w.dtype == jnp.float16 and w.shape[0] <= NARROW:  # activations are many more than weights: they stay as they are
+        pieces = _pieces(w, 2)  # eleven bits of a number are eight and three
+        y = _plain(x, jnp.concatenate(pieces), np.dtype(np.float32))
+        return (y[..., : w.shape[0]] + y[..., w.shape[0] :]).astype(out_dtype)
     if w.dtype == jnp.float16:
         halves, undo = _as_halves(x)
         return (_plain(halves, w, np.dtype(np.float32)) * undo).astype(out_dtype)
-    return sum(_plain(x, piece, np.dtype(np.float32)) for piece in _pieces(w)).astype(out_dtype)
+    return sum(
+        _plain(x, piece, np.dtype(np.float32)) for piece in _pieces(w, 1 if w.dtype == jnp.bfloat16 else 3)
+    ).astype(out_dtype)
 
 
 def _each(
-    x: jax.Array, weights: tuple[Any, ...], out_dtypes: tuple[Any, ...], precise: tuple[bool, ...]
+    x: jax.Array, weights: tuple[Any, ...], out_dtypes: tuple[Any, ...], precise: tuple[bool, ...], after: Any = None
 ) -> list[jax.Array]:
     products = zip(weights, out_dtypes, precise, strict=True)
     return [_precise(x, w, dtype) if p else matmul(x, w, out_dtype=dtype) for w, dtype, p in products]
 
 
-def _together(x, weights, out_dtypes, precise):  # all of its products are of float32
-    return _pallas_many(x, weights, out_dtypes)
+def _together(x, weights, out_dtypes, precise, after):  # all of its products are of float32
+    return _pallas_many(x, weights, out_dtypes, after)
 
 
 MANY_IMPLEMENTATIONS = {"pallas": _together, "xla": _each}
@@ -313,13 +326,15 @@ MANY_IMPLEMENTATIONS = {"pallas": _together, "xla": _each}
 
 def matmul_many(
     x: Any, weights: Sequence[Any], *, out_dtypes: Sequence[Any] | None = None, precise: Sequence[bool] | None = None,
-    implementation: str | None = None,
+    after: jax.Array | None = None, implementation: str | None = None,
 ) -> list[jax.Array]:  # fmt: skip
     """`matmul(x, w)` for several weights [out, in] of one input width, where a kernel can in one launch.
 
     out_dtypes: of each result; x's by default. precise: for each, whether weights are multiplied as float32 whatever
-    x's dtype. implementation: None for the best available, "pallas", or "xla", which here is one `matmul` after
-    another.
+        x's dtype.
+    after: an array that exists before a launch of a kernel begins: a large one keeps others, which wait for the same,
+        from a busy device.
+    implementation: None for the best available, "pallas", or "xla", which here is one `matmul` after another.
     """
     x, weights = jnp.asarray(x), tuple(as_jax(w) for w in weights)
     out_dtypes = tuple(np.dtype(d) for d in out_dtypes or [x.dtype] * len(weights))
@@ -327,7 +342,7 @@ def matmul_many(
     for w in weights:
         if len(w.shape) != 2 or w.shape[-1] != x.shape[-1]:
             raise DS4Error(f"matmul_many: w {list(w.shape)} must be [out, in], in as in x {list(x.shape)}")
-    return api.run("matmul_many", MANY_IMPLEMENTATIONS, implementation, x, weights, out_dtypes, precise)
+    return api.run("matmul_many", MANY_IMPLEMENTATIONS, implementation, x, weights, out_dtypes, precise, after)
 
 
 IMPLEMENTATIONS = {"pallas": _pallas, "xla": _xla}
