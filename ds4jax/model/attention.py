@@ -419,19 +419,17 @@ class Attention(nnx.Module):
             compressor = self.indexer.compressor
             own = {"index_kv": exact(compressor.wkv), "index_gate": exact(compressor.wgate)}
 
-        def multiply(of, group, after=None):
+        def multiply(of, group):
             linears, dtypes, precise = zip(*group.values(), strict=True)
-            options = dict(out_dtypes=dtypes, precise=precise, after=after)
-            ys = quant.matmul_many(of, [value(w.weight) for w in linears], **options)
+            ys = quant.matmul_many(of, [value(w.weight) for w in linears], out_dtypes=dtypes, precise=precise)
             return dict(zip(group, ys, strict=True))
 
         if not together:
             out = multiply(x, query | keys) | (multiply(jax.lax.stop_gradient(x), own | weights) if own else {})
             return *self._query_products(out["wq_a"], together), out
-        # entries are scored and chosen while the larger products are made, so those come last
         out = multiply(x, query | weights) | (multiply(x, own) if own else {})
         raw, index_raw = self._query_products(out["wq_a"], together)
-        return raw, index_raw, out | multiply(x, keys, index_raw)
+        return raw, index_raw, out | multiply(x, keys)
 
     def _query_products(self, qr: Array, together: bool) -> tuple[Array, Array | None]:
         """qr [B, T, R], not yet normed, times wq_b, and times the indexer's."""

@@ -89,13 +89,11 @@ def serves(parts: dict[str, Array], format: str | None) -> bool:
 
 
 def products(
-    x: Array, weights: Sequence[tuple[dict[str, Array], str | None]], out_dtypes: Sequence[Any],
-    after: Array | None = None,
+    x: Array, weights: Sequence[tuple[dict[str, Array], str | None]], out_dtypes: Sequence[Any]
 ) -> list[Array]:  # fmt: skip
     """`x[N, in] · w[out, in]ᵀ → [N, out]` for each weight, or one stack `x[N, G, in] · w[G, out, in]ᵀ → [N, G, out]`.
 
-    weights: (parts, format) of packed weights, ({"values": w}, None) of plain ones. 1 ≤ N ≤ MAX_ROWS. after: what must
-    exist before the launch begins.
+    weights: (parts, format) of packed weights, ({"values": w}, None) of plain ones. 1 ≤ N ≤ MAX_ROWS.
     NotImplementedError where no kernel serves the call.
     """
     stacked = x.ndim == 3
@@ -123,7 +121,7 @@ def products(
                     lo.store(out_ref, (n, row), y, mask=row < w.rows)
 
     shapes = [jax.ShapeDtypeStruct((N, w.rows), dtype) for w, dtype in zip(each, out_dtypes, strict=True)]
-    arrays = [a for w in each for a in w.arrays] + ([] if after is None else [after])
+    arrays = [a for w in each for a in w.arrays]
     out = lo.call(
         kernel, shapes, x.reshape(N * G, K), *arrays, grid=(starts[-1],),
         tuning=lo.Tuning(warps=THREADS // 32, stages=1), name=f"direct_{len(each)}_{N}",

@@ -54,8 +54,16 @@ def enter(
     kernel, rows = (_mix if few else _mix_block), [streams.reshape(R, S, D)]
     if few and before is not None:
         kernel, rows = _mix_folded, [a.reshape(R, *a.shape[2:]) for a in before]
+    mix, soon = kernel, [weight, base, scale] if few else []
+
+    def kernel(*refs):
+        if soon:  # the next launch reads these, once a token, and has nothing else to wait for
+            first = (pl.program_id(0) == COUNT) & (pl.program_id(1) == 0) & (pl.program_id(2) == 0)
+            pl.when(first)(lambda: lo.prefetch(refs[: len(soon)], refs[-1]))
+        mix(*refs[len(soon) :])
+
     parts = lo.call(
-        kernel, jax.ShapeDtypeStruct((R, S, COUNT + 1), jnp.float32), *rows, fn.reshape(-1, S, D),
+        kernel, jax.ShapeDtypeStruct((R, S, COUNT + 1), jnp.float32), *soon, *rows, fn.reshape(-1, S, D),
         grid=(COUNT + 1, S, R if few else -(-R // BLOCK)), tuning=_short(D) if few else lo.Tuning(warps=4, stages=1),
         name="hyper_mix",
     )  # fmt: skip

@@ -178,11 +178,9 @@ def _described(w: Any) -> tuple[dict[str, jax.Array], str | None]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _direct(
-    x: jax.Array, weights: tuple[Any, ...], out_dtypes: tuple[Any, ...], after: jax.Array | None
-) -> list[jax.Array]:
+def _direct(x: jax.Array, weights: tuple[Any, ...], out_dtypes: tuple[Any, ...]) -> list[jax.Array]:
     # x as in `_packed`, of one weight if it is a stack
-    return direct.products(x, [_described(w) for w in weights], out_dtypes, after)
+    return direct.products(x, [_described(w) for w in weights], out_dtypes)
 
 
 def _direct_bwd(out_dtypes, args, g):
@@ -199,7 +197,7 @@ def _direct_bwd(out_dtypes, args, g):
 
     dx, d_dense = jax.vjp(of, x, dense)[1](g)
     rest = iter(d_dense)
-    return dx, tuple(None if p else next(rest) for p in packed), None
+    return dx, tuple(None if p else next(rest) for p in packed)
 
 
 _direct.defvjp(lambda *args: (_direct(*args), args[:2]), _direct_bwd)
@@ -260,12 +258,10 @@ def _pallas(x: jax.Array, w: Any, out_dtype: Any) -> jax.Array:
     return y.reshape(*lead, *y.shape[1:])
 
 
-def _pallas_many(
-    x: jax.Array, weights: tuple[Any, ...], out_dtypes: tuple[Any, ...], after: jax.Array | None = None
-) -> list[jax.Array]:
+def _pallas_many(x: jax.Array, weights: tuple[Any, ...], out_dtypes: tuple[Any, ...]) -> list[jax.Array]:
     lowering.require_device()
     lead = x.shape[: x.ndim - (weights[0].ndim - 1)]
-    ys = _direct(x.reshape(math.prod(lead), *x.shape[len(lead) :]), weights, out_dtypes, after)
+    ys = _direct(x.reshape(math.prod(lead), *x.shape[len(lead) :]), weights, out_dtypes)
     return [y.reshape(*lead, *y.shape[1:]) for y in ys]
 
 
@@ -311,14 +307,14 @@ def _precise(x: jax.Array, w: Any, out_dtype: Any) -> jax.Array:
 
 
 def _each(
-    x: jax.Array, weights: tuple[Any, ...], out_dtypes: tuple[Any, ...], precise: tuple[bool, ...], after: Any = None
+    x: jax.Array, weights: tuple[Any, ...], out_dtypes: tuple[Any, ...], precise: tuple[bool, ...]
 ) -> list[jax.Array]:
     products = zip(weights, out_dtypes, precise, strict=True)
     return [_precise(x, w, dtype) if p else matmul(x, w, out_dtype=dtype) for w, dtype, p in products]
 
 
-def _together(x, weights, out_dtypes, precise, after):  # all of its products are of float32
-    return _pallas_many(x, weights, out_dtypes, after)
+def _together(x, weights, out_dtypes, precise):  # all of its products are of float32
+    return _pallas_many(x, weights, out_dtypes)
 
 
 MANY_IMPLEMENTATIONS = {"pallas": _together, "xla": _each}
@@ -326,14 +322,12 @@ MANY_IMPLEMENTATIONS = {"pallas": _together, "xla": _each}
 
 def matmul_many(
     x: Any, weights: Sequence[Any], *, out_dtypes: Sequence[Any] | None = None, precise: Sequence[bool] | None = None,
-    after: jax.Array | None = None, implementation: str | None = None,
+    implementation: str | None = None,
 ) -> list[jax.Array]:  # fmt: skip
     """`matmul(x, w)` for several weights [out, in] of one input width, where a kernel can in one launch.
 
     out_dtypes: of each result; x's by default. precise: for each, whether weights are multiplied as float32 whatever
         x's dtype.
-    after: an array that exists before a launch of a kernel begins: a large one keeps others, which wait for the same,
-        from a busy device.
     implementation: None for the best available, "pallas", or "xla", which here is one `matmul` after another.
     """
     x, weights = jnp.asarray(x), tuple(as_jax(w) for w in weights)
@@ -342,7 +336,7 @@ def matmul_many(
     for w in weights:
         if len(w.shape) != 2 or w.shape[-1] != x.shape[-1]:
             raise DS4Error(f"matmul_many: w {list(w.shape)} must be [out, in], in as in x {list(x.shape)}")
-    return api.run("matmul_many", MANY_IMPLEMENTATIONS, implementation, x, weights, out_dtypes, precise, after)
+    return api.run("matmul_many", MANY_IMPLEMENTATIONS, implementation, x, weights, out_dtypes, precise)
 
 
 IMPLEMENTATIONS = {"pallas": _pallas, "xla": _xla}

@@ -24,11 +24,10 @@ from ds4jax.runtime.sampling import Sampling, sample
 
 Array = jax.Array
 
-CHUNKS = (32, 256, 2048, 4096)  # lengths a prompt is cut into; the last piece is padded up
+# Lengths a prompt is cut into; the last piece is padded up. Experts with more tokens are read and decoded less often.
+CHUNKS = (32, 256, 2048, 4096, 8192)
 CHUNK_TOKENS = 8192  # tokens of all slots together in one prefill
-LOOPED = (
-    8  # slots up to which decode loops on the device; a batch's launches matter less, and side by side they take memory
-)
+LOOPED = 256  # slots up to which decode loops on the device; kernels side by side take memory, a batch's more
 MAX_EOS = 8
 MAX_TOP = 20  # likeliest tokens that can be reported at each place
 
