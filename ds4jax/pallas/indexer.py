@@ -17,7 +17,9 @@ Array = jax.Array
 
 KEYS = 64  # entries that a program scores
 PART = 8192  # entries that a program chooses from
-PAIRS, COUNTED = 1 << 27, 10240  # comparisons in all, and entries, up to which all programs count together
+# comparisons in all up to which programs count, each for a few entries, among so many others; twice as many as chosen
+PAIRS, COUNTED = 1 << 28, 2048
+LEAST = -(2**31)  # comes before all scores, as a whole number
 COUNTS, AT_ONCE = 4, 8  # entries that a program then places, and blocks of others that it loads at once
 STEP = 1  # bits of the K-th score found at a time
 MAX_SLOTS = 256
@@ -127,15 +129,16 @@ def scores_many(q: Array, weights: Array, keys: Array, first: Array, ratio: int)
 def best(values: Array, K: int) -> Array:
     """Where the K largest of values float32 [B, N] are, of equals the first: int32 [B, K] in any order, -1 for -inf."""
     B, N = values.shape
-    places = None
-    while N > COUNTED or B * N * N > PAIRS:
-        if N <= PART:
-            return _best(values, places, K, 1)[1][:, 0]
-        parts = -(-N // PART)
-        values, places = _best(values, places, K, parts)
+    places, choose, most = None, _best, PART
+    if B * min(N, COUNTED) * N <= PAIRS and 2 * K <= COUNTED:
+        choose, most = _ranked, COUNTED
+    while True:
+        parts = -(-N // most)
+        values, places = choose(values, places, K, parts)
+        if parts == 1:
+            return places[:, 0]
         N = parts * K
         values, places = values.reshape(B, N), places.reshape(B, N)
-    return _ranked(values, places, K)
 
 
 def _in_order(x: Array) -> Array:
@@ -144,42 +147,47 @@ def _in_order(x: Array) -> Array:
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
-def _ranked(values: Array, places: Array | None, K: int) -> Array:
-    """As `best`, the largest first: an entry's place is how many come before it, and programs count for themselves."""
+def _ranked(values: Array, places: Array | None, K: int, parts: int) -> tuple[Array, Array]:
+    """As `_best`, the largest first: an entry's place is how many come before it, and programs count for themselves."""
     B, N = values.shape
-    width = min(256, max(COUNTS, lo.power_of_two(N)))
-    chunks = -(-N // width)
+    each = -(-N // parts)
+    width = min(256, max(COUNTS, lo.power_of_two(each)))
+    chunks = -(-each // width)
     turns = -(-chunks // AT_ONCE)
 
     def kernel(values_ref, *refs):
-        *places_ref, out_ref = refs
-        b, begin = pl.program_id(0), pl.program_id(1) * COUNTS
+        *places_ref, out_ref, out_places_ref = refs
+        b, part, begin = pl.program_id(0), pl.program_id(1), pl.program_id(2) * COUNTS
         i, n = begin + jnp.arange(COUNTS, dtype=jnp.int32), jnp.arange(width, dtype=jnp.int32)
-        here = jnp.minimum(i, N - 1)
+        here = jnp.minimum(part * each + i, N - 1)
 
-        def others(c):
+        def others(c):  # numbers in the part, and scores in order; those behind the part count for nobody
             at = c * width + n
-            return at, _in_order(lo.load(values_ref, (b, jnp.minimum(at, N - 1)))), at < N
+            place = part * each + at
+            exists = (at < each) & (place < N)
+            return at, jnp.where(exists, _in_order(lo.load(values_ref, (b, jnp.minimum(place, N - 1)))), LEAST)
 
         def count(turn, total):  # of equals only those before it are: a block is before it, behind it, or its own
             first = turn * AT_ONCE
-            for c, (_, other, exists) in [(first + j, others(first + j)) for j in range(min(AT_ONCE, chunks))]:
+            for c, (_, other) in [(first + j, others(first + j)) for j in range(min(AT_ONCE, chunks))]:
                 least = jnp.where((c + 1) * width <= begin, own - 1, own)
-                total = total + ((other[None] > least[:, None]) & exists[None]).astype(jnp.int32)
+                total = total + (other[None] > least[:, None]).astype(jnp.int32)
             return total
 
         x = lo.load(values_ref, (b, here))
-        own = _in_order(x)
-        at, other, _ = others(begin // width)
+        own = jnp.maximum(_in_order(x), LEAST + 1)  # one less is still a number
+        at, other = others(begin // width)
         total = ((other[None] == own[:, None]) & (at[None] < i[:, None])).astype(jnp.int32)
         rank = jnp.sum(lo.loop(turns, count, total), axis=1)
         place = here if places is None else lo.load(places_ref[0], (b, here))
-        to = jnp.minimum(rank, K - 1)
-        lo.store(out_ref, (b, to), jnp.where(x > -jnp.inf, place, -1), mask=(i < N) & (rank < K))
+        to, mine = jnp.minimum(rank, K - 1), (i < each) & (part * each + i < N) & (rank < K)
+        lo.store(out_ref, (b, part, to), x, mask=mine)
+        lo.store(out_places_ref, (b, part, to), jnp.where(x > -jnp.inf, place, -1), mask=mine)
 
+    shapes = [((B, parts, K), jnp.float32), ((B, parts, K), jnp.int32)]
     return lo.call(
-        kernel, jax.ShapeDtypeStruct((B, K), jnp.int32), values, *([] if places is None else [places]),
-        grid=(B, -(-N // COUNTS)), tuning=lo.Tuning(warps=4, stages=1), name="index_best",
+        kernel, [jax.ShapeDtypeStruct(*s) for s in shapes], values, *([] if places is None else [places]),
+        grid=(B, parts, -(-each // COUNTS)), tuning=lo.Tuning(warps=4, stages=1), name="index_best",
     )  # fmt: skip
 
 
