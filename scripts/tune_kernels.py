@@ -86,14 +86,10 @@ def variants(case: Case, quick: bool) -> list[lowering.Tuning]:
     if op.startswith("integers"):
         tokens = {"integers_few": (1,), "integers_runs": (2, 4), "integers": (4, 8, 16)}[op]
         parts = (2, 4, 8) if op == "integers_few" else (1,) if quick else (1, 2)
-        runs = format in integers.RUNS and op != "integers"  # others load nothing ahead
-
-        def ahead(p):
-            return (0, 1) if runs and shape[-1] > p * integers.RUNS[format].blocks * integers.BLOCK else (0,)
-
+        limits = (0,) if quick else (0, 64, 80, 128)
         both = [(w, p) for w, p in itertools.product((4, 8), parts) if p <= w]
-        return [T(warps=w, stages=1, tokens=m, ahead=a, parts=p) for (w, p), m in itertools.product(both, tokens)
-                for a in ahead(p)]  # fmt: skip
+        choices = itertools.product(both, tokens, limits)
+        return [T(warps=w, stages=1, tokens=m, parts=p, registers=r) for (w, p), m, r in choices]
     count = shape[-1] // unit
     most = max(32, lowering.power_of_two(count))
     threads = [(32 * w, w) for w in (1, 2, 4) if 32 * w <= most]

@@ -17,7 +17,7 @@ Array = jax.Array
 
 KEYS = 64  # entries that a program scores
 PART = 8192  # entries that a program chooses from
-# comparisons in all up to which programs count, each for a few entries, among so many others; twice as many as chosen
+# comparisons in all up to which programs count, each for a few entries, and entries of a part (the last: twice as many)
 PAIRS, COUNTED = 1 << 28, 2048
 LEAST = -(2**31)  # comes before all scores, as a whole number
 COUNTS, AT_ONCE = 4, 8  # entries that a program then places, and blocks of others that it loads at once
@@ -129,11 +129,11 @@ def scores_many(q: Array, weights: Array, keys: Array, first: Array, ratio: int)
 def best(values: Array, K: int) -> Array:
     """Where the K largest of values float32 [B, N] are, of equals the first: int32 [B, K] in any order, -1 for -inf."""
     B, N = values.shape
-    places, choose, most = None, _best, PART
+    places, choose, most, last = None, _best, PART, PART
     if B * min(N, COUNTED) * N <= PAIRS and 2 * K <= COUNTED:
-        choose, most = _ranked, COUNTED
+        choose, most, last = _ranked, COUNTED, 2 * COUNTED
     while True:
-        parts = -(-N // most)
+        parts = 1 if N <= last else -(-N // most)
         values, places = choose(values, places, K, parts)
         if parts == 1:
             return places[:, 0]

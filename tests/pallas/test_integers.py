@@ -1,5 +1,7 @@
 """Routed experts on integer tensor cores, in interpret mode, beside plain JAX in float32."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,7 +72,7 @@ def plain_swiglu(x, gate, up, ids, weights):
 
 
 @pytest.mark.parametrize("name, tokens, which, F, tuning", [
-    ("IQ2_XXS", 8, "outside", 1280, shape(2, parts=2, ahead=1)),  # spans of two blocks reach past the end
+    ("IQ2_XXS", 8, "outside", 1280, shape(2, parts=2)),  # spans of two blocks reach past the end
     ("Q2_K", 1, "random", 768, shape(4, parts=4)),  # a part of nothing but zeros
 ])  # fmt: skip
 def test_few_tokens(rng, in_float32, name, tokens, which, F, tuning):
@@ -108,12 +110,12 @@ def test_more_of_few_tokens(rng, in_float32, name, tokens, which, F, parts):
 def test_more_batches(rng, in_float32, by, name, way, M, parts, which, F):
     by(way)
     w, h, ids = weight(rng, name, (E, 19, F)), whole(rng, (21, K, F)), choices(rng, 21, which)
-    assert error(down(h, w, ids, shape(parts, parts=parts, tokens=M, ahead=1)), plain_down(h, w, ids)) < EXACT
+    assert error(down(h, w, ids, shape(parts, parts=parts, tokens=M)), plain_down(h, w, ids)) < EXACT
 
 
 @pytest.mark.parametrize("name, way, tokens, tuning", [
     ("IQ2_XXS", "runs", 3, shape(2, parts=2)),
-    pytest.param("IQ2_XXS", "runs", 9, shape(tokens=4, ahead=1), marks=pytest.mark.full),
+    pytest.param("IQ2_XXS", "runs", 9, shape(tokens=4), marks=pytest.mark.full),
     pytest.param("IQ2_XXS", "tokens", 9, shape(2, tokens=8, parts=2), marks=pytest.mark.full),
     pytest.param("Q2_K", "tokens", 3, shape(2, parts=2), marks=pytest.mark.full),
     ("Q2_K", "tokens", 9, shape(4, tokens=4)),
@@ -285,12 +287,26 @@ def test_experts_that_do_not_exist_in_a_batch(rng, monkeypatch):
 def test_flash_lowers_for_cuda(tokens, runs):
     text = layer(("IQ2_XXS", "IQ2_XXS", "Q2_K"), tokens, experts=256, F=2048, D=4096)
     assert len(kernels(text)) == 2 and all(f"m16n8k32.row.col.s32.{t}8.s8.s32" in text for t in "su")
-    assert ("shfl.sync.bfly" in text) == runs  # the four threads of a row meet
+    assert ("add.f32 $0, $1, y" in text) == runs  # the four threads of a row meet
+
+
+def test_a_limit_of_registers_reaches_the_assembler():
+    values = jax.ShapeDtypeStruct((128,), jnp.float32)
+
+    def kernel(most, x_ref, out_ref):
+        at = lowering.limit_registers(jnp.arange(128, dtype=jnp.int32), most)
+        lowering.store(out_ref, (at,), lowering.load(x_ref, (at,)))
+
+    for most in (0, 80):
+        run = lambda x, most=most: lowering.call(  # noqa: E731
+            functools.partial(kernel, most), values, x, grid=(1,), tuning=lowering.Tuning(), name="limited"
+        )
+        assert ("ttg.maxnreg" in lowering.lower_for_cuda(run, values)) == bool(most)
 
 
 @pytest.mark.parametrize("name, way, tokens, tuning", [
-    *(("IQ2_XXS", "runs", 1, shape(8, parts=p, ahead=1)) for p in (1, 8)),
-    *(("IQ2_XXS", "runs", 64, shape(4, tokens=m, ahead=1)) for m in (1, 4)),
+    *(("IQ2_XXS", "runs", 1, shape(8, parts=p)) for p in (1, 8)),
+    *(("IQ2_XXS", "runs", 64, shape(4, tokens=m)) for m in (1, 4)),
     *((name, "tokens", 64, shape(8, tokens=16, parts=2)) for name in integers.TOKENS),
     ("Q2_K", "tokens", 1, shape(8, parts=8)),
 ])  # fmt: skip
