@@ -575,9 +575,10 @@ def sum_of_four(x: Array) -> Array:
 
 def from_thread(x: Array, mask: int) -> Array:
     """What the thread of the same warp has whose number differs in the bit `mask`: int32 or float32 [threads]."""
-    twin = lambda x: [jnp.flip(x.reshape(-1, 2, mask), 1).reshape(-1)]  # noqa: E731
-    code = f"shfl.sync.bfly.b32 $0, $1, {mask}, 31, -1;"
-    return instructions(code, [x], [x.dtype], twin)[0]
+    if interpreting():
+        return jnp.flip(x.reshape(-1, 2, mask), 1).reshape(-1)
+    out = _asm(f"shfl.sync.bfly.b32 $0, $1, {mask}, 31, -1;", [_bits(x)])
+    return out if x.dtype == out.dtype else _bits(out, x.dtype)
 
 
 @dataclasses.dataclass(frozen=True)

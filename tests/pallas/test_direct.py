@@ -122,22 +122,23 @@ def test_lowers_for_cuda(N):
     assert "direct_3" in lowering.lower_for_cuda(run, *args)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.float32, jnp.bfloat16])
-def test_precise_products_of_bfloat16_lose_nothing(rng, dtype):
+@pytest.mark.parametrize("rows, dtype", [(33, jnp.float16), (70, jnp.float16), (33, jnp.float32), (33, jnp.bfloat16)])
+def test_precise_products_of_bfloat16_lose_nothing(rng, rows, dtype):
     """Tensor cores multiply bfloat16: a weight in pieces, whose products are exact."""
     x = jnp.asarray(rng.normal(size=(7, 640)), jnp.bfloat16)
-    w = jnp.asarray(rng.normal(size=(33, 640)) * 2.0 ** rng.integers(-12, 3, (33, 640)), dtype)
+    w = jnp.asarray(rng.normal(size=(rows, 640)) * 2.0 ** rng.integers(-12, 3, (rows, 640)), dtype)
     (y,) = jax.jit(lambda x, w: quant.matmul_many(x, [w], out_dtypes=[jnp.float32], precise=[True]))(x, w)
     want = exact(x, w)
     np.testing.assert_allclose(y, want, atol=3e-6 * np.abs(want).max())
 
 
-def test_precise_products_of_half_weights_keep_rows_apart():
+@pytest.mark.parametrize("rows", [5, 65])  # few rows are cut in two, many take activations of float16
+def test_precise_products_of_half_weights_keep_rows_apart(rows):
     """float16 holds a bfloat16 row of any size, once its exponent is taken out; NaN and infinity stay in their row."""
     rng = np.random.default_rng(3)
     x = rng.normal(size=(6, 256)) * np.array([1e30, 1e-30, 1, 0, 1, 1])[:, None]
     x[4, 7], x[5, 9] = np.nan, np.inf
-    x, w = jnp.asarray(x, jnp.bfloat16), jnp.asarray(rng.normal(size=(5, 256)), jnp.float16)
+    x, w = jnp.asarray(x, jnp.bfloat16), jnp.asarray(rng.normal(size=(rows, 256)), jnp.float16)
     (y,) = quant.matmul_many(x, [w], out_dtypes=[jnp.float32], precise=[True], implementation="xla")
     want = np.asarray(x, np.float64)[:4] @ np.asarray(w, np.float64).T
     for row in range(4):

@@ -129,6 +129,35 @@ def test_what_is_not_finite_shows(rng):
     assert np.isnan(y[:2]).all() and np.isfinite(y[2]).all()
 
 
+@pytest.mark.parametrize("name, N, K", [("Q8_0", 1, 1024), ("Q8_0", 8, 768), ("Q2_K", 3, 256)])
+def test_rows_are_normed_on_their_way(rng, name, N, K):
+    w, x = weight(rng, name, (19, K)), activations(rng, (N, K)) * jnp.asarray([3.0, 1e-3, 40, 1, 1, 1, 1, 1])[:N, None]
+    x, norm = x.astype(jnp.bfloat16), (1 + jnp.asarray(rng.normal(size=K), jnp.float32) / 9, 1e-6)
+
+    wide = np.float64(x)
+    want = wide / np.sqrt(np.mean(wide * wide, axis=1, keepdims=True) + 1e-6) * np.float64(norm[0])
+    decoded = np.float64(quant.dequantize(w, jnp.float32)).T
+    with lowering.interpreted():
+        ours = jax.jit(lambda x: quant.matmul(x, w, norm=norm, out_dtype=jnp.float32, implementation="pallas"))(x)
+    assert error(ours, np.float64(jnp.asarray(want, jnp.bfloat16)) @ decoded) < 3e-4  # a number may round the other way
+    plain = quant.matmul(x.astype(jnp.float32), w, norm=norm, implementation="xla")
+    assert error(plain, want @ decoded) < 1e-5
+
+
+def test_what_is_not_normed_on_its_way(rng):
+    w, x = weight(rng, "Q8_0", (5, 256)), activations(rng, (9, 256))
+    assert quant.norms_on_load(x[:8], w) and not quant.norms_on_load(x, w)
+    assert not quant.norms_on_load(x[:1], jnp.zeros((5, 256)))
+    with pytest.raises(DS4Error, match="weight"):
+        quant.matmul(x, w, norm=(jnp.ones(255), 1e-6))
+    loss = lambda x, scale, how: jnp.sum(quant.matmul(x, w, norm=(scale, 1e-6), implementation=how) ** 2)  # noqa: E731
+    few, scale = x[:2].astype(jnp.float32), jnp.ones(256)
+    with lowering.interpreted():
+        ours = jax.grad(loss, (0, 1))(few, scale, "pallas")
+    for mine, plain in zip(ours, jax.grad(loss, (0, 1))(few, scale, "xla"), strict=True):
+        assert error(mine, plain) < 1e-3
+
+
 def test_gradients_are_the_plain_ones(rng):
     w, x = weight(rng, "Q2_K", (6, 256)), activations(rng, (2, 256), jnp.float32)
     loss = lambda x, how: jnp.sum(quant.matmul(x, w, implementation=how) ** 2)  # noqa: E731
