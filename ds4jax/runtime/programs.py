@@ -27,7 +27,9 @@ Array = jax.Array
 # Lengths a prompt is cut into; the last piece is padded up. Experts with more tokens are read and decoded less often.
 CHUNKS = (32, 256, 2048, 4096, 8192)
 CHUNK_TOKENS = 8192  # tokens of all slots together in one prefill
-LOOPED = 256  # slots up to which decode loops on the device; kernels side by side take memory, a batch's more
+# Slots up to which decode loops on the device: kernels side by side share no memory, and of 256 slots would need 8 GB
+# more than `memory` counts on.
+LOOPED = 64
 MAX_EOS = 8
 MAX_TOP = 20  # likeliest tokens that can be reported at each place
 
