@@ -54,10 +54,9 @@ def split(x: Array, digits: int, norm: tuple[Array, float] | None = None) -> Dig
     lead, K = x.shape[:-1], x.shape[-1]
     rows = math.prod(lead)
     width = lo.power_of_two(K) if norm else min(1024, lo.power_of_two(K))
-    warps = width // (32 * EACH)
-    if norm and not 1 <= warps <= 16:
+    warps = lo.warps_for(width)
+    if norm and 32 * EACH * warps != width:
         raise NotImplementedError(f"rows of {K} numbers do not fill a program's threads")
-    warps = max(1, warps)
     quarter = BLOCK // EACH  # threads of a block
 
     def kernel(x_ref, *refs):
@@ -117,9 +116,8 @@ LEAST = 2.0**-90  # a block whose largest number is smaller counts as if it were
 def words(whole: list[Array], digits: int) -> list[list[Array]]:
     """4n whole numbers → of each digit, the most significant first, n words of four signed bytes."""
     out, bias = [], 0
-    for i in range(
-        digits
-    ):  # what a signed byte leaves of a number is the next byte of the number and half a byte's span
+    for i in range(digits):
+        # what a signed byte leaves of a number is the next byte of the number and half a byte's span
         b, pair = [w + bias if bias else w for w in whole], i | (4 + i) << 4
         halves = [lo.pick(b[n], b[n + 1], pair) for n in range(0, len(b), 2)]
         out.insert(0, [lo.pick(*halves[n : n + 2], 0x5410) for n in range(0, len(halves), 2)])

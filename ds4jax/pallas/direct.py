@@ -17,6 +17,7 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
+from ds4jax.pallas import decode
 from ds4jax.pallas import lowering as lo
 
 Array = jax.Array
@@ -67,7 +68,7 @@ class _Weight:
             for total, x in zip(sums, xs, strict=True):
                 dot = jnp.sum(values * x.astype(jnp.float32)[:, None, :], axis=2)
                 if d is not None:
-                    dot = dot * lax.bitcast_convert_type(d, jnp.float16).astype(jnp.float32)
+                    dot = dot * decode.half(d)
                 out.append(total + dot)
             return out
 

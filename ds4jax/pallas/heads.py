@@ -87,28 +87,26 @@ def finish(
         n, h = pl.program_id(0), pl.program_id(1) * heads + jnp.arange(heads, dtype=jnp.int32)[:, None]
         channel = jnp.arange(d, dtype=jnp.int32)[None]
         turns, other = channel >= 2 * kept, channel ^ 1
-        given, weights = [], []
+        load_weight = lambda at: None if weight is None else lo.load(weight_ref, (at,)).astype(jnp.float32)  # noqa: E731
+        own_weight = load_weight(channel)
         if turned:
             at = jnp.maximum(channel // 2 - kept, 0)
             c, s = (lo.load(ref, (n, at), mask=turns) for ref in (cos_ref, sin_ref))
-            given.append((lo.load(raw_ref, (n, h, other), mask=turns), other))
-        given.append((None, channel))
-        if weight is not None:
-            weights = [lo.load(weight_ref, (at,)) for _, at in given]
+            neighbour, its_weight = lo.load(raw_ref, (n, h, other), mask=turns), load_weight(other)
         lo.loads_first()  # the last is what the sum waits for
         own = lo.load(raw_ref, (n, h, channel)).astype(jnp.float32)
         scale = None if eps is None else lax.rsqrt(jnp.sum(own * own, axis=1, keepdims=True) / d + eps)
 
-        def normed(x, *weight):
+        def normed(x, weight):
             if scale is None:
                 return x
             x = x * scale
-            return _as(x * weight[0].astype(jnp.float32) if weight else x, raw.dtype)
+            return _as(x if weight is None else x * weight, raw.dtype)
 
-        out = normed(own, *weights[-1:])
+        out = normed(own, own_weight)
         if turned:
             s = jnp.where((channel % 2 == 0) ^ inverse, -s, s)
-            neighbour = normed(given[0][0].astype(jnp.float32), *weights[:1])
+            neighbour = normed(neighbour.astype(jnp.float32), its_weight)
             out = jnp.where(turns, _as(out * c + neighbour * s, raw.dtype), out)
         lo.store(refs[0], (n, h, channel), out)
 

@@ -19,9 +19,7 @@ KEYS = 64  # entries that a program scores
 PART = 8192  # entries that a program chooses from
 # comparisons in all up to which programs count, each for a few entries, and entries of a part (the last: twice as many)
 PAIRS, COUNTED = 1 << 28, 2048
-LEAST = -(2**31)  # comes before all scores, as a whole number
 COUNTS, AT_ONCE = 4, 8  # entries that a program then places, and blocks of others that it loads at once
-STEP = 1  # bits of the K-th score found at a time
 MAX_SLOTS = 256
 QUERIES = 16  # of one slot that a program scores its entries for, one after the other
 
@@ -141,12 +139,6 @@ def best(values: Array, K: int) -> Array:
         values, places = values.reshape(B, N), places.reshape(B, N)
 
 
-def _in_order(x: Array) -> Array:
-    """float32 → int32 in the same order."""
-    bits = lax.bitcast_convert_type(x, jnp.int32)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
 def _ranked(values: Array, places: Array | None, K: int, parts: int) -> tuple[Array, Array]:
     """As `_best`, the largest first: an entry's place is how many come before it, and programs count for themselves."""
     B, N = values.shape
@@ -165,7 +157,7 @@ def _ranked(values: Array, places: Array | None, K: int, parts: int) -> tuple[Ar
             at = c * width + n
             place = part * each + at
             exists = (at < each) & (place < N)
-            return at, jnp.where(exists, _in_order(lo.load(values_ref, (b, jnp.minimum(place, N - 1)))), LEAST)
+            return at, jnp.where(exists, lo.in_order(lo.load(values_ref, (b, jnp.minimum(place, N - 1)))), lo.LEAST)
 
         def count(turn, total):  # of equals only those before it are: a block is before it, behind it, or its own
             first = turn * AT_ONCE
@@ -175,7 +167,7 @@ def _ranked(values: Array, places: Array | None, K: int, parts: int) -> tuple[Ar
             return total
 
         x = lo.load(values_ref, (b, here))
-        own = jnp.maximum(_in_order(x), LEAST + 1)  # one less is still a number
+        own = jnp.maximum(lo.in_order(x), lo.LEAST + 1)  # one less is still a number
         at, other = others(begin // width)
         total = ((other[None] == own[:, None]) & (at[None] < i[:, None])).astype(jnp.int32)
         rank = jnp.sum(lo.loop(turns, count, total), axis=1)
@@ -206,19 +198,15 @@ def _best(values: Array, places: Array | None, K: int, parts: int) -> tuple[Arra
         mine = (n < each) & (at < N)
         at = jnp.minimum(at, N - 1)
         x = jnp.where(mine, lo.load(values_ref, (b, at)), -jnp.inf)
-        order = _in_order(x)
-        flip = jnp.int32(-(2**31))
+        order = lo.in_order(x)
+        flip = jnp.int32(lo.LEAST)
 
-        def narrow(i, limit):  # the largest limit that K values reach, as an unsigned number, from its highest bits on
-            shift = 32 - STEP * (i + 1)
-            found = limit
-            for digit in range(1, 1 << STEP):
-                candidate = limit | (jnp.int32(digit) << shift)
-                reached = jnp.sum((order >= (candidate ^ flip)).astype(jnp.int32))
-                found = jnp.where(reached >= K, candidate, found)
-            return found
+        def narrow(i, limit):  # the largest limit that K values reach, as an unsigned number, from its highest bit on
+            candidate = limit | jnp.int32(1) << (31 - i)
+            reached = jnp.sum((order >= (candidate ^ flip)).astype(jnp.int32))
+            return jnp.where(reached >= K, candidate, limit)
 
-        limit = lax.fori_loop(0, 32 // STEP, narrow, jnp.int32(0)) ^ flip
+        limit = lax.fori_loop(0, 32, narrow, jnp.int32(0)) ^ flip
         above, equal = (order > limit).astype(jnp.int32), (order == limit).astype(jnp.int32)
         counts = jnp.cumsum(above * 65536 + equal)
         rank_above, rank_equal = counts >> 16, counts & 65535

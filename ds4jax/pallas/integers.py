@@ -90,8 +90,7 @@ def _four(ref: Any, row: Array, place: Array, **kw: Any) -> list[Array]:
 
 
 def _half(tile: decode.Tile, name: str, block: Array) -> Array:
-    bits = lo.load(tile.refs[name], (tile.rows, block))
-    return jax.lax.bitcast_convert_type(bits, jnp.float16).astype(jnp.float32)
+    return decode.half(lo.load(tile.refs[name], (tile.rows, block)))
 
 
 MAGNITUDES = (8, 25, 43, 0)  # of the codebook of two bits

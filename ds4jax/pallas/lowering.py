@@ -377,6 +377,15 @@ def pick(a: Array, b: Array, selectors: Array | int) -> Array:
     return _bits(_asm("prmt.b32 $0, $1, $2, $3;", (a, b, selectors)), jnp.uint32)
 
 
+LEAST = -(2**31)  # of words
+
+
+def in_order(x: Array) -> Array:
+    """float32 → words in the same order, not-a-numbers beyond the infinity of their sign."""
+    bits = _bits(x)
+    return bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF))
+
+
 def opaque(x: Array) -> Array:
     """x, with its regularity hidden from the compiler: loads indexed by it are not given to fewer, wider threads."""
     return x if interpreting() else _asm("mov.b32 $0, $1;", (x,))

@@ -31,14 +31,13 @@ def choose(logits: Array, bias: Array, k: int, normalize: bool, factor: float) -
         probs = jnp.sqrt(jnp.maximum(x, 0) + lax.log1p(jnp.exp(-jnp.abs(x))))
         lo.store(probs_ref, (n, e), probs)
         # as whole numbers in the same order: a warp has one instruction for their largest
-        bits, own = (lax.bitcast_convert_type(x, jnp.int32) for x in (probs + bias, probs))
-        score = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+        score, own = lo.in_order(probs + bias), lax.bitcast_convert_type(probs, jnp.int32)
         chosen, weights = [], []
         for _ in range(k):
             i = jnp.min(jnp.where(score == jnp.max(score), e, E))
             chosen.append(i)
             weights.append(lax.bitcast_convert_type(jnp.max(jnp.where(e == i, own, 0)), jnp.float32))
-            score = jnp.where(e == i, jnp.int32(-(2**31)), score)
+            score = jnp.where(e == i, jnp.int32(lo.LEAST), score)
         total = sum(weights) if normalize else 1.0
         for j, (i, w) in enumerate(zip(chosen, weights, strict=True)):
             experts_ref[n, j] = i

@@ -301,9 +301,8 @@ def _precise(x: jax.Array, w: Any, out_dtype: Any) -> jax.Array:
     if w.dtype == jnp.float16:
         halves, undo = _as_halves(x)
         return (_plain(halves, w, np.dtype(np.float32)) * undo).astype(out_dtype)
-    return sum(
-        _plain(x, piece, np.dtype(np.float32)) for piece in _pieces(w, 1 if w.dtype == jnp.bfloat16 else 3)
-    ).astype(out_dtype)
+    pieces = _pieces(w, 1 if w.dtype == jnp.bfloat16 else 3)
+    return sum(_plain(x, piece, np.dtype(np.float32)) for piece in pieces).astype(out_dtype)
 
 
 def _each(
