@@ -169,9 +169,17 @@ class Schedule(NamedTuple):
     count: Array
 
 
+SCHEDULED = 2048  # assignments up to which a kernel makes the plan: every one is compared with every other
+
+
 def schedule(ids: Array, experts: int, M: int) -> Schedule:
-    """ids: int32 [T, k]. The number of tiles depends on shapes alone: N assignments make at most N // M full tiles, and
-    min(experts, N) partly filled ones."""
+    """ids: int32 [T, k], of experts that exist. The number of tiles depends on shapes alone: N assignments make at most
+    N // M full tiles, and min(experts, N) partly filled ones."""
+    return (_schedule if ids.size <= SCHEDULED else schedule_plain)(ids, experts, M)
+
+
+def schedule_plain(ids: Array, experts: int, M: int) -> Schedule:
+    """`schedule` in plain JAX, some 14 launches."""
     flat = ids.reshape(-1)
     N = flat.shape[0]
     order = jnp.pad(jnp.argsort(flat).astype(jnp.int32), (0, M))
@@ -179,11 +187,66 @@ def schedule(ids: Array, experts: int, M: int) -> Schedule:
     starts = jnp.cumsum(counts) - counts
     tiles = -(-counts // M)
     ends = jnp.cumsum(tiles)
-    tile = np.arange(N // M + min(experts, N), dtype=np.int32)
+    tile = np.arange(_tiles(N, experts, M), dtype=np.int32)
     expert = jnp.minimum(jnp.sum(tile[:, None] >= ends, axis=1, dtype=jnp.int32), experts - 1)
     nth = tile - (ends - tiles)[expert]
     count = jnp.clip(counts[expert] - nth * M, 0, M)
     return Schedule(order, expert, starts[expert] + nth * M, jnp.where(tile < ends[-1], count, 0))
+
+
+def _tiles(N: int, experts: int, M: int) -> int:
+    return N // M + min(experts, N)
+
+
+def _schedule(ids: Array, experts: int, M: int) -> Schedule:
+    """In one launch: some programs find the places of 32 assignments each, the others make 32 tiles each."""
+    flat, each, E = ids.reshape(-1), 32, lo.power_of_two(experts)
+    N = flat.shape[0]
+    tiles, chunk = _tiles(N, experts, M), min(64, lo.power_of_two(N))
+    chunks, sorters = -(-N // chunk), -(-(N + M) // each)
+
+    def kernel(ids_ref, order_ref, expert_ref, start_ref, count_ref):
+        mine = pl.program_id(0) * each + jnp.arange(each, dtype=jnp.int32)
+        ones = lambda which: jnp.sum(which.astype(jnp.int32), axis=0)  # noqa: E731
+
+        def some(i):  # along the first axis: a thread adds up what it has of it
+            n = i * chunk + jnp.arange(chunk, dtype=jnp.int32)
+            its = lo.load(ids_ref, (jnp.minimum(n, N - 1),))
+            return n[:, None], jnp.where(n < N, its, E)[:, None]
+
+        @pl.when(pl.program_id(0) < sorters)
+        def _():
+            own = lo.load(ids_ref, (jnp.minimum(mine, N - 1),))[None, :]
+
+            def before(i, place):
+                n, its = some(i)
+                return place + ones((its < own) | ((its == own) & (n < mine[None, :])))
+
+            place = lo.loop(chunks, before, jnp.zeros((each,), jnp.int32))
+            inside = mine < N  # what is behind them is 0
+            lo.store(order_ref, (jnp.where(inside, place, mine),), jnp.where(inside, mine, 0), mask=mine < N + M)
+
+        @pl.when(pl.program_id(0) >= sorters)
+        def _():
+            e, tile = jnp.arange(E, dtype=jnp.int32), mine - sorters * each
+            counts = lo.loop(chunks, lambda i, c: c + ones(some(i)[1] == e[None, :]), jnp.zeros((E,), jnp.int32))
+            ends = jnp.cumsum((counts + (M - 1)) // M)
+            done = ends[:, None] <= tile[None, :]  # experts whose tiles all come before
+            add = lambda which, x: jnp.sum(jnp.where(which, x[:, None], 0), axis=0)  # noqa: E731
+            expert = ones(done)
+            nth = tile - jnp.max(jnp.where(done, ends[:, None], 0), axis=0)
+            left = add(e[:, None] == expert[None, :], counts) - nth * M  # 0 where there is no such expert
+            inside = tile < tiles
+            lo.store(expert_ref, (tile,), jnp.minimum(expert, experts - 1), mask=inside)
+            lo.store(start_ref, (tile,), add(done, counts) + nth * M, mask=inside)
+            count = jnp.minimum(jnp.maximum(left, 0), M)
+            lo.store(count_ref, (tile,), jnp.where(expert < experts, count, 0), mask=inside)
+
+    shapes = [jax.ShapeDtypeStruct((n,), jnp.int32) for n in (N + M, tiles, tiles, tiles)]
+    out = lo.call(
+        kernel, shapes, flat, grid=(sorters + -(-tiles // each),), tuning=lo.Tuning(warps=4, stages=1), name="schedule"
+    )
+    return Schedule(*out)
 
 
 def by_width(least: int, most: int, count: Array, body: Callable[[int], None]) -> None:

@@ -59,7 +59,7 @@ def enter(
     def kernel(*refs):
         if soon:  # the next launch reads these, once a token, and has nothing else to wait for
             first = (pl.program_id(0) == COUNT) & (pl.program_id(1) == 0) & (pl.program_id(2) == 0)
-            pl.when(first)(lambda: lo.prefetch(refs[: len(soon)], refs[-1]))
+            pl.when(first)(lambda: lo.prefetch(refs[: len(soon)]))
         mix(*refs[len(soon) :])
 
     parts = lo.call(

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.experimental import pallas as pl
 
 from ds4jax.pallas import activations, decode, matvec, tuned
@@ -37,7 +38,9 @@ Array = jax.Array
 BLOCK = 256  # elements
 ROWS, COLUMNS = lo.WARP_ROWS, lo.WARP_COLUMNS  # of one instruction
 COPIES, COPIES_OF_FEW = 32, 16  # of a codebook's table, see `lowering.share`; a few tokens do not pay for more
-RUNS_UP_TO = 2  # assignments an expert, on average, up to which threads have runs of their own, where there is a choice
+# Assignments an expert, on average, up to which threads have runs of their own, where there is a choice. IQ2_XXS, gate
+# and up: 162 µs of 16 tokens instead of 180, but 487 of 64 instead of 445.
+RUNS_UP_TO = 1
 
 
 # ---- formats ---------------------------------------------------------------------------------------------------------
@@ -89,9 +92,54 @@ def _four(ref: Any, row: Array, place: Array, **kw: Any) -> list[Array]:
     return lo.unstack4(lo.load(ref, (row, place[:, None] + jnp.arange(4, dtype=jnp.int32)), **kw))
 
 
-def _half(tile: decode.Tile, name: str, block: Array) -> Array:
-    return decode.half(lo.load(tile.refs[name], (tile.rows, block)))
+@dataclasses.dataclass(frozen=True)
+class Codes:
+    """What a thread takes of a row's span: scales, on their way since the span's beginning, and codes, from a ring to
+    which they came ahead of time (see `wanted`), or on their way, too.
 
+    half: 0 or 1, whether this is row g or g + 8. at: `lowering.Ring.turn`. first: number of the tile's first piece.
+    scales: float16 bits by name. given: the codes by piece where there is no ring.
+    """
+
+    tile: decode.Tile
+    half: int
+    t: Array
+    scales: dict[str, Array]
+    ring: lo.Ring | None = None
+    at: Array | None = None
+    first: int = 0
+
+    def float(self, name: str) -> Array:
+        return decode.half(self.scales[name].astype(jnp.uint16))
+
+    def four(self, piece: int, name: str, place: Array, of: int | None = None) -> list[Array]:
+        """Four words of a part from `place` on: where there is a ring, the `piece` of thread `of` of the row's four, or
+        the thread's own."""
+        if self.ring is None:
+            if of is None:
+                return lo.early(self.tile.refs[name], (self.tile.rows, place), 4)
+            return _four(self.tile.refs[name], self.tile.rows, place, stream=True)
+        return self.ring.read(self.at, self.first + piece, of=0 if of is None else lo.PIECE * (of - self.t))
+
+    def two_of_bytes(self, piece: int, name: str, place: Array, pair: Array, of: int) -> list[Array]:
+        """Words 2·pair and 2·pair + 1 of 16 bytes from `place` on."""
+        if self.ring is None:
+            eight = (place + 8 * pair)[:, None] + jnp.arange(8, dtype=jnp.int32)
+            words = lo.words_of_bytes(lo.load(self.tile.refs[name], (self.tile.rows[:, None], eight)))
+            return lo.unstack(words)
+        return self.ring.read(self.at, self.first + piece, 2, lo.PIECE * (of - self.t) + 8 * pair)
+
+
+class Piece(NamedTuple):
+    """16 bytes of a row from entry `place` of a part on, that the threads of `mask` (None: all) let come."""
+
+    number: int
+    name: str
+    place: Array
+    mask: Array | None = None
+
+
+SCALES = {"IQ2_XXS": ("d",), "Q2_K": ("d", "dmin")}
 
 MAGNITUDES = (8, 25, 43, 0)  # of the codebook of two bits
 _PLUS, _MINUS = (int(np.asarray([sign * m for m in MAGNITUDES], np.int8).view("<i4")[0]) for sign in (1, -1))
@@ -121,9 +169,12 @@ class Table(NamedTuple):
     values: list[Array]
 
     @classmethod
-    def of(cls, ref: Any, warps: int, copies: int) -> Table:
+    def on_its_way(cls, ref: Any, warps: int, copies: int) -> Callable[[], Table]:
+        """Loads it; the result is called where it is needed."""
+        words = lo.words_to_share(ref, warps, _ENTRIES + 128)
         first = _ENTRIES + 128 + 2 * (jnp.arange(32 * warps, dtype=jnp.int32) & 15)
-        return cls(lo.share(ref, warps, copies, _ENTRIES + 128), [lo.load(ref, (first + i,)) for i in range(2)])
+        values = [lo.load(ref, (first + i,)) for i in range(2)]
+        return lambda: cls(lo.share(words, warps, copies, _ENTRIES + 128), values)
 
     def entry(self, codes: Array, signs: Array, e: int | Array) -> list[Array]:
         """The e-th of the four entries of words of IQ2_XXS: 8 signed bytes, two words."""
@@ -222,9 +273,11 @@ def split(x: Array, how: Format, blocks: int) -> Digits:
 class Work:
     """What a program multiplies.
 
-    format, how: of the weights, and how they are read. tiles: of every stack the thread's rows g and g + 8. table:
-    makes or gives the codebook's, or None. digits: refs of `Digits`. first, steps: the spans that the thread takes.
-    last: the weights' last block; activations behind it are zeros.
+    format, how: of the weights, and how they are read. tiles: of every stack the thread's rows g and g + 8, or one that
+    is a row of either of two stacks. table: gives the codebook's, or None. digits: refs of `Digits`. first, steps: the
+    spans that the thread takes. last: the weights' last block; activations behind it are zeros. begin: what to do at
+    the beginning of the i-th span with the thread's block of it, for the codes of all tiles. load: how scales are
+    loaded.
     """
 
     format: str
@@ -236,6 +289,8 @@ class Work:
     first: Array
     steps: int
     last: int
+    begin: Callable[[Array, Array], list[list[Codes]]]
+    load: Callable[[Any, tuple[Any, ...]], Array]
 
     def products(self, width: int, row: Callable[[Any], Array]) -> list[list[list[list[Array]]]]:
         """With rows row(0) … row(width - 1) of activations: for every stack, for every 4 of them (or 8, where the
@@ -285,19 +340,19 @@ def _by_runs(work: Work, width: int, row: Callable[[Any], Array]) -> list[list[l
     own = jnp.broadcast_to((g >> 1 == t)[:, None], (*t.shape, 4))
     zero, nothing = jnp.zeros(t.shape, jnp.int32), jnp.zeros(t.shape, jnp.float32)
 
-    table = work.table()
-
     def body(i, totals):
         span = work.first + i
         block = 2 * span + (t >> 1)
         here = jnp.minimum(block, work.last)
+        x_scales = [work.load(scale_ref, (x, block)) for x in rows]
+        its_codes = work.begin(i, here)
         codes, signs = (
-            [
-                [_four(half.refs[name], half.rows, 8 * here + 4 * (t & 1), stream=True) for half in tile]
-                for tile in work.tiles
-            ]
-            for name in ("codes", "signs")
+            [[half.four(2 * half.half + n, name, 8 * here + 4 * (t & 1)) for half in tile] for tile in its_codes]
+            for n, name in enumerate(("codes", "signs"))
         )
+        if its_codes[0][0].ring is None:
+            lo.meet_warp()
+        table = work.table()
         sums = [[[zero] * 4 for _ in rows] for _ in work.tiles]
         for r in range(4):
             place = 256 * span + 64 * r + 8 * t + 4 * (g & 1)
@@ -311,10 +366,9 @@ def _by_runs(work: Work, width: int, row: Callable[[Any], Array]) -> list[list[l
                 scales = [_doubled_scale(signs[m][h][r]) for h in range(2)]
                 for n in range(width):
                     sums[m][n] = _run_product(a, b[n], scales, sums[m][n])
-        for m, tile in enumerate(work.tiles):
-            d = [0.125 * _half(half, "d", here) for half in tile]
-            for n, x in enumerate(rows):
-                scale = lo.load(scale_ref, (x, block))
+        for m in range(len(work.tiles)):
+            d = [0.125 * half.float("d") for half in its_codes[m]]
+            for n, scale in enumerate(x_scales):
                 f = [s.astype(jnp.float32) for s in sums[m][n]]
                 for h in range(2):
                     y = (f[2 * h] * 256.0 + f[2 * h + 1]) * d[h]
@@ -420,28 +474,44 @@ class _Part(NamedTuple):
     dmin: Array | None
 
 
-def _iq2_xxs(tile: decode.Tile, block: Array, t: Array, table: Table) -> _Part:
+def _iq2_xxs(its: Codes, block: Array, table: Table) -> _Part:
     codes, signs = (
-        [w for half in range(2) for w in _four(tile.refs[name], tile.rows, 8 * block + 4 * half, stream=True)]
-        for name in ("codes", "signs")
+        [w for q in range(2) for w in its.four(its.half, name, 8 * block + 4 * q, 2 * n + q)]
+        for n, name in enumerate(("codes", "signs"))
     )
-    words = [table.entry(c, s, t) for c, s in zip(codes, signs, strict=True)]
-    return _Part(words, [_doubled_scale(s) for s in signs], None, 0.125 * _half(tile, "d", block), None)
+    words = [table.entry(c, s, its.t) for c, s in zip(codes, signs, strict=True)]
+    return _Part(words, [_doubled_scale(s) for s in signs], None, 0.125 * its.float("d"), None)
 
 
-def _q2_k(tile: decode.Tile, block: Array, t: Array, table: None) -> _Part:
+def _q2_k(its: Codes, block: Array, table: None) -> _Part:
     del table
-    codes = _four(tile.refs["codes"], tile.rows, 16 * block + 4 * t, stream=True)
-    place = (16 * block + 8 * (t >> 1))[:, None] + jnp.arange(8, dtype=jnp.int32)
-    eight = lo.unstack(lo.words_of_bytes(lo.load(tile.refs["scales"], (tile.rows[:, None], place))))
-    both = lo.pick(*eight, 0x6420 + 0x1111 * (t & 1))  # of the half's runs the scale, and above it the minimum
+    codes = its.four(its.half, "codes", 16 * block + 4 * its.t)
+    eight = its.two_of_bytes(2, "scales", 16 * block, its.t >> 1, its.half)
+    both = lo.pick(*eight, 0x6420 + 0x1111 * (its.t & 1))  # of the half's runs the scale, and above it the minimum
     words = []
     for s in range(4):
         scale = both >> np.uint32(8 * s) & np.uint32(15)
         four = [(code >> np.uint32(2 * s) & np.uint32(0x03030303)) * scale for code in codes]
         words += [four[:2], four[2:]]
     least = [both >> np.uint32(4) & np.uint32(0x0F0F0F0F), both & np.uint32(0xF0F0F0F0)]
-    return _Part(words, None, least, _half(tile, "d", block), _half(tile, "dmin", block))
+    return _Part(words, None, least, its.float("d"), its.float("dmin"))
+
+
+def pieces(format: str, runs: bool) -> int:
+    """How many a thread lets come of a tile's span."""
+    return 4 if runs else {"IQ2_XXS": 2, "Q2_K": 3}[format]
+
+
+def wanted(format: str, runs: bool, half: int, span: Array, last: int, t: Array) -> list[Piece]:
+    """What thread t of the four of a row lets come of a span, for `Codes`."""
+    if runs:
+        place = 8 * jnp.minimum(2 * span + (t >> 1), last) + 4 * (t & 1)
+        return [Piece(2 * half + n, name, place) for n, name in enumerate(("codes", "signs"))]
+    here = jnp.minimum(span, last)
+    if format == "Q2_K":
+        codes = Piece(half, "codes", 16 * here + 4 * t)
+        return [codes, Piece(2, "scales", jnp.broadcast_to(16 * here, t.shape), t == half)]
+    return [Piece(half, name, 8 * here + 4 * (t & 1), t >> 1 == n) for n, name in enumerate(("codes", "signs"))]
 
 
 _READ = {"IQ2_XXS": _iq2_xxs, "Q2_K": _q2_k}
@@ -455,12 +525,15 @@ def _by_tokens(work: Work, width: int, row: Callable[[Any], Array]) -> list[list
     else:
         columns = [_Columns(row(n + g), None) for n in range(0, width, COLUMNS)]
     rows = [[row(place) for place in its] for its in mine(width, t, False)]
-    nothing, table = jnp.zeros(t.shape, jnp.float32), work.table()
+    nothing = jnp.zeros(t.shape, jnp.float32)
 
     def body(i, totals):
         block = work.first + i
         here = jnp.minimum(block, work.last)
-        tiles = [[_READ[work.format](half, here, t, table) for half in tile] for tile in work.tiles]
+        x_scales = [[work.load(scale_ref, (x, jnp.broadcast_to(block, t.shape))) for x in its] for its in rows]
+        begun = work.begin(i, jnp.broadcast_to(here, t.shape))
+        table = work.table()
+        tiles = [[_READ[work.format](half, here, table) for half in tile] for tile in begun]
         sums = [[c.zeros(t) for c in columns] for _ in tiles]
         for p in range(4):
             for c, its in enumerate(columns):
@@ -470,14 +543,13 @@ def _by_tokens(work: Work, width: int, row: Callable[[Any], Array]) -> list[list
                         scales = halves[0].scales and [half.scales[n] for half in halves]
                         sums[m][c] = _token_product(a, b, scales, sums[m][c])
         for c, its in enumerate(columns):
-            scales = [lo.load(scale_ref, (x, block)) for x in rows[c]]
             b = its.sums(sums_ref[0], block, t) if sums_ref else None
             for m, halves in enumerate(tiles):
                 numbers = its.numbers(sums[m][c])
                 if b is not None:
                     a = [half.least[i] for i in range(2) for half in halves]
                     least = its.numbers(_token_product(a, b, None, its.zeros(t)))
-                for e, scale in enumerate(scales):
+                for e, scale in enumerate(x_scales[c]):
                     for h, half in enumerate(halves):
                         y = numbers[e][h] * half.d
                         if b is not None:
@@ -502,7 +574,8 @@ def _experts(
 ) -> Array:  # fmt: skip
     """Every assignment's products with its expert's rows of `stacks`: [T·k, out] of `dtype`.
 
-    x: [rows, K]; an assignment n has row source(n). finish(n [L], refs of `more`, *products [L]) → [L].
+    x: [rows, K]; an assignment n has row source(n). more: a number of each assignment. finish(its numbers [threads],
+    *products [threads]) → [threads].
     """
     K, N, first, few = x.shape[1], ids.size, stacks[0], ids.shape[0] <= MAX_TOKENS
     experts, out = first.count, first.out
@@ -518,69 +591,127 @@ def _experts(
     W, parts = tuning.warps, tuning.parts
     least = 1 if how.runs else COLUMNS // 2
     M = least if few else max(least, min(tuning.tokens, lo.power_of_two(N)))
-    blocks, rows = K // BLOCK, ROWS * W // parts
-    steps = -(-blocks // (parts * how.blocks))
+    paired = len(stacks) == 2 and tuning.rows < ROWS  # a product's rows are of either stack
+    of_warp = ROWS // 2 if paired else ROWS
+    blocks, rows = K // BLOCK, of_warp * W // parts
+    steps, along = -(-blocks // (parts * how.blocks)), -(-out // rows)
+    ahead = tuning.ahead if lo.has_order() else 0
     digits = [a for a in split(x, how, steps * parts * how.blocks) if a is not None]
+    plan = [ids.reshape(-1)] if few else list(schedule(ids, experts, M))
+    everything = (N if few else plan[1].size) * along
+    programs = min(tuning.programs or everything, everything)
+    if programs < everything and not few:
+        plan.append(jnp.sum(plan[-1] > 0, dtype=jnp.int32)[None])
+    of_tile = pieces(first.format, how.runs)
+    taken = of_tile * (1 if paired else len(stacks))
+    copies = COPIES_OF_FEW if few else COPIES
     book = [] if first.codebook is None else [jnp.asarray(table(first.codebook))]
-    plan = [ids.reshape(-1)] if few else schedule(ids, experts, M)
+    while 4 * (_ENTRIES + 128) * copies > lo.SHARED - (lo.SUMS * W if parts > 1 else 0):
+        copies //= 2
     packed = [p for stack in stacks for p in matvec.flat_parts(stack.parts)[1]]
 
     def kernel(*refs):
         refs, out_ref = list(refs[:-1]), refs[-1]
         take = lambda n: [refs.pop(0) for _ in range(n)]  # noqa: E731
-        more_refs, plan_refs, x_refs = take(len(more)), take(len(plan)), take(len(digits))
-        lookup = lambda: None  # noqa: E731
-        if book:
-            lookup = functools.partial(Table.of, refs.pop(0), W, COPIES_OF_FEW if few else COPIES)
-        if not few:  # one for all widths
+        more_refs, plan_refs, x_refs, book_ref = take(len(more)), take(len(plan)), take(len(digits)), take(len(book))
+        named = [dict(zip(stack.parts, take(len(stack.parts)), strict=True)) for stack in stacks]
+        threads, program = lo.Threads.of(W, tuning.registers), pl.program_id(0)
+        first_span = threads.warp // (W // parts) * steps
+        count = 1
+        if programs < everything:
+            total = everything if few else plan_refs[-1][0] * along
+            count = lax.div(total - program + (programs - 1), np.int32(programs))
+
+        def tile(j):
+            """Of a program's j-th work: the number in the plan, the first row, and the rows of the stacks."""
+            item = jnp.minimum(program + programs * j, everything - 1)
+            i, base = lax.div(item, np.int32(along)), lax.rem(item, np.int32(along)) * rows
+            # of few tokens here, because a launch of its own takes as long as routing
+            expert = jnp.clip(plan_refs[0][i], 0, experts - 1) if few else plan_refs[1][i]
+            row = base + of_warp * (threads.warp % (W // parts)) + threads.g
+            at = [expert * out + jnp.minimum(row + 8 * h, out - 1) for h in range(1 if paired else 2)]
+            if paired:
+                return i, base, [tuple(decode.Tile(its, at[0]) for its in named)]
+            return i, base, [tuple(decode.Tile(its, r) for r in at) for its in named]
+
+        if programs == everything:  # the only one
+            only = tile(0)
+            tile = lambda j: only  # noqa: E731
+
+        again = programs < everything or not few
+        for_sums = lo.declared(W, lo.SUMS * W) if parts > 1 else None
+        # of few tokens, everything that comes from the device's memory is asked for at once; of many, the compiler
+        # knows better which registers are free
+        load = (lambda ref, index: lo.early(ref, index)[0]) if few else lo.load
+        ring = lo.Ring(lo.given_at_launch(W, lo.Ring.size(W, taken, ahead)), taken, ahead) if ahead else None
+
+        def fetch(turn):
+            j, span = lax.div(turn, np.int32(steps)), first_span + lax.rem(turn, np.int32(steps))
+            its = [
+                (m * of_tile + piece.number, half.refs[piece.name], (half.rows, piece.place), piece.mask)
+                for m, halves in enumerate(tile(j)[2]) for h, half in enumerate(halves)
+                for piece in wanted(first.format, how.runs, h, span, blocks - 1, threads.t)
+            ]  # fmt: skip
+            ring.fetch(turn, its, turn < count * steps)
+
+        lookup = Table.on_its_way(book_ref[0], W, copies) if book else lambda: None
+        for turn in range(ahead):
+            fetch(jnp.int32(turn))
+        if steps > 1 or ahead or not few:  # one for all; otherwise when the codes are on their way
             made = lookup()
             lookup = lambda: made  # noqa: E731
-        named = [dict(zip(stack.parts, take(len(stack.parts)), strict=True)) for stack in stacks]
-        i, threads, base = pl.program_id(1), lo.Threads.of(W, tuning.registers), pl.program_id(0) * rows
-        if few:  # here, because a launch of its own takes as long as routing
-            expert = jnp.clip(plan_refs[0][i], 0, experts - 1)
-        else:
-            order_ref, expert, start, used = plan_refs[0], *(ref[i] for ref in plan_refs[1:])
 
-        def run(width):
+        def work(j):
+            i, base, tiles = tile(j)
+            start, used = (0, 1) if few else (plan_refs[2][i], plan_refs[3][i])
+
+            def begin(span, block):
+                scales = [
+                    [{n: load(half.refs[n], (half.rows, block)) for n in SCALES[first.format]} for half in halves]
+                    for halves in tiles
+                ]
+                at, turn = None, j * steps + span
+                if ring is not None:
+                    at = ring.turn(turn)
+                    fetch(turn + ahead)
+                return [
+                    [Codes(half, h, threads.t, scales[m][h], ring, at, m * of_tile) for h, half in enumerate(halves)]
+                    for m, halves in enumerate(tiles)
+                ]
+
             def assignment(place):
                 if few:
                     return i
                 place = start + jnp.minimum(place, used - 1)
-                return lo.load(order_ref, (place,)) if jnp.ndim(place) else order_ref[place]
+                return lo.load(plan_refs[0], (place,)) if jnp.ndim(place) else plan_refs[0][place]
 
-            row = base + ROWS * (threads.warp % (W // parts)) + threads.g
-            at = [expert * out + jnp.minimum(row + 8 * h, out - 1) for h in range(2)]
-            work = Work(
-                first.format, how, [tuple(decode.Tile(its, r) for r in at) for its in named], threads, lookup, x_refs,
-                threads.warp // (W // parts) * steps, steps, blocks - 1,
-            )  # fmt: skip
-            sums = work.products(width, lambda place: source(assignment(place)))
-            those = lo.Threads.of(W // parts)
-            row = base + ROWS * those.warp + those.g
-            for c, places in enumerate(mine(width, those.t, how.runs)):
-                for e, place in enumerate(places):
-                    n = assignment(place)
-                    for h in range(2):
-                        y = finish(n, more_refs, *(_over_parts(its[c][e][h], parts) for its in sums))
-                        inside = (row + 8 * h < out) & (place < (1 if few else used))
-                        lo.store(out_ref, (n, row + 8 * h), y, mask=inside)
+            def run(width):
+                places = [[(place, assignment(place)) for place in its] for its in mine(width, threads.t, how.runs)]
+                each = lambda n: [load(ref, (jnp.broadcast_to(n, threads.t.shape),)) for ref in more_refs]  # noqa: E731
+                numbers = [[each(n) for _, n in its] for its in places]  # not after the products, where all would wait
+                products = Work(
+                    first.format, how, tiles, threads, lookup, x_refs, first_span, steps, blocks - 1, begin, load
+                ).products(width, lambda place: source(assignment(place)))
+                row = base + of_warp * (threads.warp % (W // parts)) + threads.g
+                for c, e in [(c, e) for c, its in enumerate(places) for e in range(len(its))]:
+                    place, n = places[c][e]
+                    flat = [y for of_stack in products for y in of_stack[c][e]]
+                    flat = lo.sum_over_parts(flat, parts, for_sums, again)
+                    for h, both in enumerate([flat] if paired else [flat[::2], flat[1::2]]):
+                        inside = (row + 8 * h < out) & (place < used) & (threads.warp < W // parts)
+                        lo.store(out_ref, (n, row + 8 * h), finish(numbers[c][e], *both), mask=inside)
 
-        if few:
-            run(1)
-        else:
-            by_width(least, M, used, run)
+            if few:
+                run(1)
+            else:
+                by_width(least, M, used, run)
+
+        lo.loop(count, lambda j, _: work(j), None)
 
     return lo.call(
         kernel, jax.ShapeDtypeStruct((N, out), dtype), *more, *plan, *digits, *book, *packed,
-        grid=(-(-out // rows), N if few else len(plan.expert)), tuning=tuning,
-        name=f"integers_{name}_{first.format.lower()}",
+        grid=(programs,), tuning=tuning, name=f"integers_{name}_{first.format.lower()}",
     )  # fmt: skip
-
-
-def _over_parts(y: Array, parts: int) -> Array:
-    """The sum of what a program's warps have of the parts of the input."""
-    return y if parts == 1 else jnp.sum(y.reshape(parts, -1), axis=0)
 
 
 def swiglu(
@@ -589,8 +720,8 @@ def swiglu(
     """`quant.expert_swiglu`: bfloat16 x[T, D], ids and weights [T, k] → h[T, k, F]."""
     k = ids.shape[1]
 
-    def finish(n, refs, gate, up):
-        return activation(gate, up, lo.load(refs[0], (n,)), limit)
+    def finish(numbers, gate, up):
+        return activation(gate, up, numbers[0], limit)
 
     h = _experts("swiglu", x, [gate, up], ids, [weights.reshape(-1)], x.dtype, tuning, lambda n: n // k, finish)
     return h.reshape(*ids.shape, gate.out)
@@ -599,5 +730,5 @@ def swiglu(
 def down(h: Array, stack: Stack, ids: Array, tuning: lo.Tuning | None = None) -> Array:
     """`quant.expert_down`: bfloat16 h[T, k, F], ids[T, k] → y[T, D]."""
     T, k, F = h.shape
-    y = _experts("down", h.reshape(T * k, F), [stack], ids, [], jnp.float32, tuning, lambda n: n, lambda n, refs, y: y)
+    y = _experts("down", h.reshape(T * k, F), [stack], ids, [], jnp.float32, tuning, lambda n: n, lambda _, y: y)
     return combine(y, T, h.dtype)

@@ -37,8 +37,9 @@ class Tuning:
 
     rows: output rows of a program. units: steps of the decoder along the input axis that a program takes at once.
     warps, stages: Triton's num_warps and num_stages. tokens: rows of activations of a program (matrix kernels).
-    ahead: by how many of its steps, 0 or 1, a program loads codes before it decodes them. parts: into how many parts of
-    the input axis a program's warps divide their work.
+    ahead: by how many of its steps a program loads codes before it decodes them. parts: into how many parts of the
+    input axis a program's warps divide their work. registers: at most so many a thread, see `limit_registers`.
+    programs: at most so many, each of which goes on to further work; 0: as many as there is work.
     """
 
     rows: int = 8
@@ -49,6 +50,7 @@ class Tuning:
     ahead: int = 0
     parts: int = 1
     registers: int = 0
+    programs: int = 0
 
 
 # ---- mode ------------------------------------------------------------------------------------------------------------
@@ -184,63 +186,115 @@ def load(ref: Any, index: tuple[Any, ...], *, mask: Array | None = None, stream:
     return _load_function()(ref.at[index], **kw)
 
 
-LINE = 128  # bytes of a line of the caches
+def addresses(ref: Any, index: tuple[Any, ...]) -> Array:
+    """Where `ref[index]` lies, for `ordered` alone."""
+    return _load_function()(ref.at[index], eviction_policy=_ADDRESS)
 
 
-def prefetch(refs: Sequence[Any], out: Any) -> None:
-    """Let short arrays [n] be fetched into the second-level cache for a kernel to come, while this one goes on: one
-    thread a line, as many as a program of eight warps has. Where a lowering has no such instruction: nothing.
+_ADDRESS = "address"  # what the rule for loads is told instead of an eviction policy
 
-    out: any output; nothing is written to it.
+
+def ordered(code: str, args: Sequence[Array], outs: int = 0) -> list[Array]:
+    """Instructions that take place, in the program's order, whether or not somebody wants what they give: `outs` words.
+
+    code: as for `instructions`. args: words, or `addresses`, of one shape.
     """
-    if interpreting() or not _has_prefetch():
-        return
-    lane, hints = jnp.arange(256, dtype=jnp.int32), []
-    for ref in refs:
-        at = jnp.minimum(LINE // ref.dtype.itemsize * lane, ref.shape[0] - 1)
-        hints.append(_load_function()(ref.at[(at,)], eviction_policy=_PREFETCH))
-    # who asks for nothing gets nothing: what the instructions give, zeros, decides about a store that never comes
-    code = "mov.b32 $0, $1;"
-    kw = dict(
-        constraints="=r,r" + ",r" * len(hints), pack=1, result_shape_dtypes=[jax.ShapeDtypeStruct((256,), jnp.int32)]
-    )
-    (kept,) = _triton().elementwise_inline_asm(code, args=[lane, *hints], **kw)
-    store(out, (kept,) + (0,) * (len(out.shape) - 1), jnp.zeros((256,), jnp.float32), mask=kept < 0)
-
-
-_PREFETCH = "prefetch"  # what the rule for loads is told instead of an eviction policy
+    out = _ordered().bind(*args, code=code, outs=max(1, outs))
+    return list(out[:outs])
 
 
 @functools.cache
-def _has_prefetch() -> bool:
-    """Teach JAX's rule for loads to prefetch; whether it is where this expects it (0.10 to 0.12 at least)."""
+def _ordered() -> Any:
+    """A primitive, and a rule for loads that stops at addresses.
+
+    NotImplementedError where JAX's Triton rules are not where this expects them (0.10 to 0.12 at least).
+    """
     try:
+        from jax._src import core
         from jax._src.pallas import primitives
         from jax._src.pallas.triton import lowering as rules
+        from jax._src.pallas.triton.primitives import barrier_effect
         from jaxlib.mlir import ir
         from jaxlib.triton import dialect
 
+        dialect.histogram  # noqa: B018  # `given_at_launch`
         rule, load_ = rules.triton_lowering_rules[primitives.load_p], rules._load
-        asm = dialect.elementwise_inline_asm
-    except (ImportError, AttributeError, KeyError):
-        return False
-
-    def hint(pointers, *_, **__):
-        kind = ir.RankedTensorType.get(ir.RankedTensorType(pointers.type).shape, ir.IntegerType.get_signless(32))
-        code = "prefetch.global.L2 [$1]; mov.b32 $0, 0;"
-        return asm([kind], code, constraints="=r,l", pure=False, packed_element=1, args=[pointers])
+        asm, primitive = dialect.elementwise_inline_asm, core.Primitive("ordered_instructions")
+    except (ImportError, AttributeError, KeyError) as e:
+        raise NotImplementedError(f"this JAX lowers loads in an unknown way: {e}") from None
 
     def either(ctx, *args, **kw):
-        if kw.get("eviction_policy") != _PREFETCH:
+        if kw.get("eviction_policy") != _ADDRESS:
             return rule(ctx, *args, **kw)
-        rules._load = hint
+        rules._load = lambda pointers, *_, **__: pointers
         try:
             return rule(ctx, *args, **kw)
         finally:
             rules._load = load_
 
+    def lower(ctx, *args, code, outs):
+        shape = ir.RankedTensorType(args[0].type).shape
+        pointers = ["!tt.ptr" in str(a.type) for a in args]
+        constraints = ",".join(["=&r"] * outs + ["l" if p else "r" for p in pointers])
+        kinds = [ir.RankedTensorType.get(shape, ir.IntegerType.get_signless(32))] * outs
+        out = asm(kinds, code, constraints=constraints, pure=False, packed_element=1, args=args)
+        return list(out) if outs > 1 else [out]
+
+    primitive.multiple_results = True
+    primitive.def_effectful_abstract_eval(
+        lambda *avals, code, outs: ([core.ShapedArray(avals[0].shape, jnp.int32)] * outs, {barrier_effect})
+    )
     rules.triton_lowering_rules[primitives.load_p] = either
+    rules.triton_lowering_rules[primitive] = lower
+    return primitive
+
+
+def has_order() -> bool:
+    """Whether kernels traced now may use `ordered` and `addresses`."""
+    if interpreting():
+        return False
+    try:
+        _ordered()
+    except NotImplementedError:
+        return False
     return True
+
+
+def early(ref: Any, index: tuple[Any, ...], words: int = 1) -> list[Array]:
+    """Loads that begin before the next `meet_warp`, however long their results are not wanted: `words` numbers from
+    `ref[index]` on, of four bytes; one of two bytes comes as int32."""
+    if not has_order():
+        if words > 1:
+            index = (*(i[:, None] for i in index[:-1]), index[-1][:, None] + jnp.arange(words, dtype=jnp.int32))
+            return unstack(load(ref, index, stream=True))
+        value = load(ref, index)
+        return [value.astype(jnp.int32) if value.dtype.itemsize == 2 else value]
+    outs = ", ".join(f"${i}" for i in range(words))
+    code = f"ld.global.L1::evict_first.v{words}.b32 {{{outs}}}, [${words}];" if words > 1 else "ld.global.b32 $0, [$1];"
+    if ref.dtype.itemsize == 2:
+        code = "{ .reg .b16 h; ld.global.b16 h, [$1]; cvt.u32.u16 $0, h; }"
+    out = ordered(code, [addresses(ref, index)], words)
+    return out if ref.dtype.itemsize == 2 else [_bits(x, ref.dtype) for x in out]
+
+
+def meet_warp() -> None:
+    """The threads of a warp meet; see `early`."""
+    if has_order():
+        ordered("bar.warp.sync -1; mov.b32 $0, $1;", [jnp.arange(32, dtype=jnp.int32)])
+
+
+LINE = 128  # bytes of a line of the caches
+
+
+def prefetch(refs: Sequence[Any]) -> None:
+    """Let short arrays [n] be fetched into the second-level cache for a kernel to come, while this one goes on: one
+    thread a line, as many as a program of eight warps has. Where a lowering has no such instruction: nothing."""
+    if not has_order():
+        return
+    lane = jnp.arange(256, dtype=jnp.int32)
+    for ref in refs:
+        at = jnp.minimum(LINE // ref.dtype.itemsize * lane, ref.shape[0] - 1)
+        ordered("prefetch.global.L2 [$1]; mov.b32 $0, 0;", [addresses(ref, (at,))])
 
 
 def store(ref: Any, index: tuple[Any, ...], value: Array, *, mask: Array | None = None) -> None:
@@ -271,11 +325,11 @@ def threads_meet() -> None:
         _triton().debug_barrier()
 
 
-def loop(n: int, body: Callable[[Any, Any], Any], carry: Any) -> Any:
+def loop(n: int | Array, body: Callable[[Any, Any], Any], carry: Any) -> Any:
     """`for i in range(n): carry = body(i, carry)`; a single turn is written out, so that indices are constants."""
-    if n == 1:
-        return body(0, carry)
-    return lax.fori_loop(0, n, body, carry)
+    if isinstance(n, int) and n == 1:
+        return body(jnp.int32(0), carry)
+    return lax.fori_loop(jnp.int32(0), jnp.int32(n), body, carry)
 
 
 # ---- words -----------------------------------------------------------------------------------------------------------
@@ -482,7 +536,7 @@ def has_instructions() -> bool:
         _give_all_results()
     except NotImplementedError:
         return False
-    return True
+    return has_order()
 
 
 @functools.cache
@@ -603,25 +657,32 @@ class SharedWords:
     pitch: int
 
 
-def share(table: Any, warps: int, copies: int, count: int) -> SharedWords:
-    """The first `count` words of a ref, copied to shared memory, `copies` times side by side: threads that look up
-    different entries at once mostly find them in different banks. 4 · count · copies at most 48 KiB."""
+def words_to_share(table: Any, warps: int, count: int) -> list[Array]:
+    """The first `count` words of a ref as a program's threads load them for `share`."""
     threads = 32 * warps
     lane = jnp.arange(threads, dtype=jnp.int32)
     if interpreting():
-        return SharedWords(jnp.zeros_like(lane), table[...], 4 * copies)
-    words = [
-        _bits(load(table, (lane + at,), mask=(lane + at < count) if at + threads > count else None))
-        for at in range(0, count, threads)
-    ]
-    stores = []
+        return [table[...]]
+    return [early(table, (jnp.minimum(lane + at, count - 1),))[0] for at in range(0, count, threads)]
+
+
+def share(words: list[Array], warps: int, copies: int, count: int) -> SharedWords:
+    """`words_to_share` to shared memory, `copies` times side by side: threads that look up different entries at once
+    mostly find them in different banks. copies: 4 to 32; 4 · count · copies at most 48 KiB."""
+    threads = 32 * warps
+    if interpreting():
+        return SharedWords(jnp.zeros((threads,), jnp.int32), words[0], 4 * copies)
+    words = [_bits(w) for w in words]
+    stores, together = [], 4
+    turns = max(0, 5 - (copies.bit_length() - 1))
     for i in range(len(words)):
         mine = "" if (i + 1) * threads <= count else "@p "
         stores.append(f"setp.lt.u32 p, t, {count - i * threads};" if mine else "")
         stores.append(f"mad.lo.u32 a, t, {4 * copies}, b; add.u32 a, a, {4 * copies * i * threads};")
-        for c in range(copies):
-            stores.append(f"add.u32 r, t, {c}; and.b32 r, r, {copies - 1}; shl.b32 r, r, 2; add.u32 r, r, a;")
-            stores.append(f"{mine}st.shared.b32 [r], ${1 + i};")
+        for c in range(0, copies, together):  # in turns, so that no two threads' stores meet in a bank
+            stores.append(f"shr.u32 r, t, {turns}; add.u32 r, r, {c // together};")
+            stores.append(f"and.b32 r, r, {copies // together - 1}; shl.b32 r, r, 4; add.u32 r, r, a;")
+            stores.append(f"{mine}st.shared.v4.b32 [r], {{{', '.join([f'${1 + i}'] * together)}}};")
     meet = "bar.sync 0;" if warps > 1 else "bar.warp.sync -1;"
     code = f"""{{
         .shared .align 128 .b8 words[{4 * count * copies}];
@@ -633,6 +694,144 @@ def share(table: Any, warps: int, copies: int, count: int) -> SharedWords:
     }}"""
     (base,) = instructions(code, words, [jnp.int32], lambda *_: ())
     return SharedWords(base, None, 4 * copies)
+
+
+PIECE = 16  # bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Ring:
+    """Shared memory to which each thread of a program lets pieces of 16 bytes come from the device's memory, `ahead`
+    turns before they are wanted: they pass no register, and nobody waits (`cp.async`).
+
+    A turn is `turn`, which waits for its pieces; then `fetch`, of a turn `ahead` later; then `read`. The threads of a
+    warp may read one another's pieces. Before the first turn there are `ahead` fetches.
+
+    base: int32 [threads], of `given_at_launch`, `size` bytes. pieces: of a thread and turn.
+    """
+
+    base: Array
+    pieces: int
+    ahead: int
+
+    @staticmethod
+    def size(warps: int, pieces: int, ahead: int) -> int:
+        return PIECE * 32 * warps * pieces * (ahead + 1)
+
+    @property
+    def _bytes(self) -> int:
+        """Of a piece of all threads."""
+        return PIECE * self.base.shape[0]
+
+    def _at(self, turn: Array) -> Array:
+        place = lax.rem(jnp.asarray(turn, jnp.int32), np.int32(self.ahead + 1))
+        lane = jnp.arange(self.base.shape[0], dtype=jnp.int32)
+        return self.base + (PIECE * lane + self._bytes * self.pieces * place)
+
+    def turn(self, turn: Array) -> Array:
+        """Wait for a turn's pieces; where they are, for `read`."""
+        ordered(f"cp.async.wait_group {self.ahead - 1}; bar.warp.sync -1; mov.b32 $0, 0;", [self.base])
+        return self._at(turn)
+
+    def fetch(self, turn: Array, wanted: Sequence[tuple[int, Any, tuple[Any, ...], Array | None]], on: Array) -> None:
+        """Let pieces (number, ref, index [threads], mask [threads] or None) come for a turn, if `on`."""
+        at, code = self._at(turn), ""
+        places = [jnp.where(on if mask is None else on & mask, at, -1) for *_, mask in wanted]
+        for i, (n, *_) in enumerate(wanted):
+            place = f"${1 + 2 * i}"
+            code += f"setp.ge.s32 p, {place}, 0;"
+            code += f"@p cp.async.cg.shared.global [{place} + {n * self._bytes}], [${2 + 2 * i}], {PIECE};"
+        args = [
+            a for place, (_, ref, index, _) in zip(places, wanted, strict=True) for a in (place, addresses(ref, index))
+        ]
+        ordered(f"{{ .reg .pred p; {code} cp.async.commit_group; mov.b32 $0, 0; }}", args)
+
+    def read(self, at: Array, n: int, words: int = 4, of: Array | int = 0) -> list[Array]:
+        """`words` words of piece n, `of` bytes further: uint32."""
+        outs = ", ".join(f"${i}" for i in range(words))
+        kind, outs = (f".v{words}.b32", f"{{{outs}}}") if words > 1 else (".b32", outs)
+        code = f"ld.shared{kind} {outs}, [${words} + {n * self._bytes}];"
+        return [_bits(w, jnp.uint32) for w in ordered(code, [at + of], words)]
+
+
+RESERVED = 4096  # bytes of the memory given at launch that a compiler may use for its own purposes
+SHARED = 48 << 10  # bytes of shared memory that a program may declare
+SUMS = 32 * 16  # bytes of it for a warp's part of `sum_over_parts`
+
+
+def given_at_launch(warps: int, size: int) -> Array:
+    """Where `size` bytes of shared memory begin, beyond what a program may declare: int32 [threads], for kernels that
+    are not interpreted.
+
+    How much a launch is given is what the greediest of a program's operations asks for: here one that counts into many
+    bins, where no program ever comes, as the assembler finds out, but not before the memory is laid out.
+    """
+    _bins().bind(bins=power_of_two(-(-(RESERVED + size) // 4)))
+    code = """{ .reg .b32 r; mov.u32 r, %reserved_smem_offset_end; mov.u32 $0, %total_smem_size; add.u32 $0, $0, r;
+        mov.u32 r, %dynamic_smem_size; sub.u32 $0, $0, r; add.u32 $0, $0, $1; }"""
+    return instructions(code, [jnp.full((32 * warps,), RESERVED, jnp.int32)], [jnp.int32], lambda *_: ())[0]
+
+
+@functools.cache
+def _bins() -> Any:
+    """A primitive that counts into `bins` bins, were there a program whose number's last bit is 2."""
+    from jax._src import core
+    from jax._src.pallas.triton import lowering as rules
+    from jax._src.pallas.triton.primitives import barrier_effect
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import arith, scf
+    from jaxlib.triton import dialect
+
+    def lower(ctx, *, bins):
+        word = ir.IntegerType.get_signless(32)
+        one, two = (arith.constant(word, n) for n in (1, 2))
+        never = arith.cmpi(arith.CmpIPredicate.eq, arith.andi(dialect.get_program_id(0), one), two)
+        with ir.InsertionPoint(scf.IfOp(never).then_block):
+            count(word, bins)
+            scf.yield_([])
+        return []
+
+    def count(word, bins):
+        values = dialect.make_range(ir.RankedTensorType.get([32], word), 0, 32)
+        counts = dialect.histogram(ir.RankedTensorType.get([bins], word), values)
+        kw = dict(constraints="=r,r", pure=False, packed_element=1, args=[counts])
+        dialect.elementwise_inline_asm([counts.type], "mov.b32 $0, $1;", **kw)
+
+    primitive = core.Primitive("bins")
+    primitive.multiple_results = True
+    primitive.def_effectful_abstract_eval(lambda *, bins: ((), {barrier_effect}))
+    rules.triton_lowering_rules[primitive] = lower
+    return primitive
+
+
+def declared(warps: int, size: int) -> Array | None:
+    """Where `size` bytes of shared memory begin: int32 [threads]; None where interpreted."""
+    if interpreting():
+        return None
+    code = f"{{ .shared .align 128 .b8 bytes[{size}]; mov.u32 $0, bytes; }}"
+    return instructions(code, [jnp.arange(32 * warps, dtype=jnp.int32)], [jnp.int32], lambda *_: ())[0]
+
+
+def sum_over_parts(values: Sequence[Array], parts: int, base: Array | None, again: bool) -> list[Array]:
+    """Of up to four float32 [threads], thread by thread the sums over `parts` equal parts of a program's warps.
+
+    base: of `SUMS` bytes a warp. again: whether more sums come after these.
+    """
+    if parts == 1:
+        return list(values)
+    threads, n = values[0].shape[0], len(values)
+    if interpreting():
+        return [jnp.tile(jnp.sum(v.reshape(parts, -1), axis=0), parts) for v in values]
+    lane, of_part = jnp.arange(threads, dtype=jnp.int32), threads // parts
+    names = ", ".join(["$6", "$7", "$8", "$9"][:n] + ["$6"] * (4 - n))
+    code = f"{{ .reg .f32 a, b, c, d; st.shared.v4.b32 [$4], {{{names}}}; bar.sync 0;"
+    code += "".join(f"mov.b32 ${i}, 0;" for i in range(4))
+    for p in range(parts):
+        code += f"ld.shared.v4.f32 {{a, b, c, d}}, [$5 + {16 * of_part * p}];"
+        code += "".join(f"add.f32 ${i}, ${i}, {x};" for i, x in enumerate("abcd"))
+    code += "bar.sync 0; }" if again else "}"
+    out = ordered(code, [base + 16 * lane, base + 16 * (lane & (of_part - 1)), *(_bits(v) for v in values)], 4)
+    return [_bits(x, jnp.float32) for x in out[:n]]
 
 
 def round_even(x: Array) -> Array:

@@ -81,5 +81,5 @@ def test_lowers_for_cuda(rows):
     args = inputs(rows, 1, 4096, jnp.bfloat16)
     text = lowering.lower_for_cuda(lambda *a: enter(*a, **RULES, implementation="pallas"), *args)
     assert ("hyper_mix" in text) == (rows <= 256) and "hyper_enter" in text
-    fetched = rows == 1 and lowering._has_prefetch()  # what the second launch of a few rows reads
+    fetched = rows == 1 and lowering.has_order()  # what the second launch of a few rows reads
     assert ("prefetch.global.L2" in text) == fetched
