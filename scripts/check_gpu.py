@@ -202,18 +202,19 @@ def cases(formats: list[str], rng: np.random.Generator, fast: bool = False, tiny
             (200, "random"), (130, "one expert"),
         )  # fmt: skip
         some = few[0], batch[0], many[0]
+        runs = (10, "random")
         if f in integers.TOKENS:  # threads with runs of their own, and almost as many assignments as go there
-            runs = (10, "random")
             some, batch = (*some, runs), (*batch, runs, (120, "random"))
         if tiny:  # byte products of one format alone: nothing takes longer to compile
             some = few[0], *(batch[:1] if f == "Q8_0" or f in integers.TOKENS else ()), (100, "random")
         for tokens, which in some if fast or tiny else few + batch + many:
-            ids = np.full((tokens, k), 5) if which == "one expert" else rng.integers(0, E - 3, (tokens, k))
+            chosen = (tokens, 2 if (tokens, which) == runs else k)
+            ids = np.full(chosen, 5) if which == "one expert" else rng.integers(0, E - 3, chosen)
             ids = jnp.asarray(ids, jnp.int32)  # the last three experts stay empty
-            weights = jnp.asarray(rng.random((tokens, k)), jnp.float32)
+            weights = jnp.asarray(rng.random(chosen), jnp.float32)
             what = f"{f} {tokens} tokens, {which}"
             yield f"experts gate, up {what}", swiglu, (3 * normal(tokens, D), gate, up, ids, weights)
-            yield f"experts down {what}", down, (normal(tokens, k, F), last, ids)
+            yield f"experts down {what}", down, (normal(*chosen, F), last, ids)
 
 
 def main() -> int:

@@ -17,8 +17,10 @@ Array = jax.Array
 
 KEYS = 64  # entries that a program scores
 PART = 8192  # entries that a program chooses from
-# comparisons in all up to which programs count, each for a few entries, and entries of a part (the last: twice as many)
-PAIRS, COUNTED = 1 << 28, 2048
+# Comparisons in all up to which programs count, each for a few entries, where the other way takes one launch and where
+# it takes two, and entries of a part (the last: twice as many). One row on an H200, counted and by bits: 4,096 entries
+# 4.5 and 10.2 µs, 16,384 15.5 and 21.2, 32,768 28.5 and 22.4; 64 rows of 512 entries 10.2 and 5.6.
+PAIRS, PAIRS_OF_MANY, COUNTED = 1 << 23, 1 << 25, 2048
 COUNTS, AT_ONCE = 4, 8  # entries that a program then places, and blocks of others that it loads at once
 MAX_SLOTS = 256
 QUERIES = 16  # of one slot that a program scores its entries for, one after the other
@@ -128,7 +130,7 @@ def best(values: Array, K: int) -> Array:
     """Where the K largest of values float32 [B, N] are, of equals the first: int32 [B, K] in any order, -1 for -inf."""
     B, N = values.shape
     places, choose, most, last = None, _best, PART, PART
-    if B * min(N, COUNTED) * N <= PAIRS and 2 * K <= COUNTED:
+    if B * min(N, COUNTED) * N <= (PAIRS if N <= PART else PAIRS_OF_MANY) and 2 * K <= COUNTED:
         choose, most, last = _ranked, COUNTED, 2 * COUNTED
     while True:
         parts = 1 if N <= last else -(-N // most)

@@ -31,12 +31,13 @@ def test_scores(rng, N, seen, dtype, tolerance):
         assert (ours[b, n:] == -np.inf).all()
 
 
-@pytest.mark.parametrize("pairs", [0, indexer.PAIRS])  # by the K-th value's bits, and by counting
+@pytest.mark.parametrize("pairs", [0, 1 << 28])  # by the K-th value's bits, and by counting
 @pytest.mark.parametrize(
     "N, K", [(1, 1), (7, 3), (31, 5), (32, 32), (33, 1), (128, 128), (129, 16), (1000, 512), (3000, 300), (20000, 64)]
 )
 def test_best_are_those_of_top_k(rng, monkeypatch, N, K, pairs):
     monkeypatch.setattr(indexer, "PAIRS", pairs)
+    monkeypatch.setattr(indexer, "PAIRS_OF_MANY", pairs)
     values = rng.normal(size=(2, N)).astype(np.float32)
     values[1] = np.round(values[1])  # many equal ones
     values[1, : N // 2] = -np.inf
