@@ -264,7 +264,7 @@ def main() -> int:
             print(f"{mine:8.1e}  (plain bf16 {theirs:.1e})  {name}  {note}")
         except Exception as e:  # what does not compile or run is a failure of its line
             good = False
-            print(f"{'':8}  {name}  FAILED: {type(e).__name__}: {str(e).splitlines()[0][:120]}")
+            print(f"{'':8}  {name}  FAILED: {type(e).__name__}: {(str(e).splitlines() or [''])[0][:120]}")
         if not good:
             failed.append(name)
         sys.stdout.flush()

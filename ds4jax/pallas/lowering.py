@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import inspect
 import re
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -223,14 +224,17 @@ def _ordered() -> Any:
     except (ImportError, AttributeError, KeyError) as e:
         raise NotImplementedError(f"this JAX lowers loads in an unknown way: {e}") from None
 
+    here = threading.local()  # programs may be lowered side by side
+
     def either(ctx, *args, **kw):
-        if kw.get("eviction_policy") != _ADDRESS:
-            return rule(ctx, *args, **kw)
-        rules._load = lambda pointers, *_, **__: pointers
+        here.stop = kw.get("eviction_policy") == _ADDRESS
         try:
-            return rule(ctx, *args, **kw)
+            return rule(ctx, *args, **kw | {"eviction_policy": None} if here.stop else kw)
         finally:
-            rules._load = load_
+            here.stop = False
+
+    def load_or_stop(pointers, *args, **kw):
+        return pointers if getattr(here, "stop", False) else load_(pointers, *args, **kw)
 
     def lower(ctx, *args, code, outs):
         shape = ir.RankedTensorType(args[0].type).shape
@@ -244,7 +248,7 @@ def _ordered() -> Any:
     primitive.def_effectful_abstract_eval(
         lambda *avals, code, outs: ([core.ShapedArray(avals[0].shape, jnp.int32)] * outs, {barrier_effect})
     )
-    rules.triton_lowering_rules[primitives.load_p] = either
+    rules.triton_lowering_rules[primitives.load_p], rules._load = either, load_or_stop
     rules.triton_lowering_rules[primitive] = lower
     return primitive
 

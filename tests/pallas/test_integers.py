@@ -1,6 +1,8 @@
 """Routed experts on integer tensor cores, in interpret mode, beside plain JAX in float32."""
 
+import concurrent.futures
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -328,3 +330,22 @@ def test_shapes_of_work_lower_for_cuda(by, name, way, tokens, tuning):
     assert f"integers_down_{name.lower()}" in text
     for instruction in ("cp.async.cg.shared.global", "%dynamic_smem_size"):  # a ring, and where its memory is
         assert (instruction in text) == bool(tuning.ahead)
+
+
+def test_kernels_lower_side_by_side():
+    """Programs are compiled in threads; a kernel that stops at addresses must not keep another's loads from loading."""
+
+    def text(i):
+        name, tokens = list(integers.TOKENS)[i % 2], (1, 10, 40)[i % 3]
+        h, w = jax.ShapeDtypeStruct((tokens, 6, 512), jnp.bfloat16), packed(name, 64, 256, 512)
+        ids = jax.ShapeDtypeStruct((tokens, 6), jnp.int32)
+        return lowering.lower_for_cuda(lambda h, w, ids: integers.down(h, stack(w), ids), h, w, ids)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with concurrent.futures.ThreadPoolExecutor(6) as pool:
+            texts = list(pool.map(text, range(18)))
+    finally:
+        sys.setswitchinterval(before)
+    assert [len(t) for t in texts[:6]] * 3 == [len(t) for t in texts]
