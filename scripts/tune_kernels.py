@@ -86,10 +86,10 @@ def variants(case: Case, quick: bool) -> list[lowering.Tuning]:
     if op.startswith("integers"):
         tokens = {"integers_few": (1,), "integers_runs": (2, 4), "integers": (4, 8, 16)}[op]
         parts = (2, 4, 8) if op == "integers_few" else (1,) if quick else (1, 2)
-        limits = (0,) if quick else (0, 64, 80, 128)
+        limits, aheads = (0,) if quick else (0, 64, 80, 128), (0, 1) if op == "integers" else (0,)
         both = [(w, p) for w, p in itertools.product((4, 8), parts) if p <= w]
-        choices = itertools.product(both, tokens, limits)
-        return [T(warps=w, stages=1, tokens=m, parts=p, registers=r) for (w, p), m, r in choices]
+        choices = itertools.product(both, tokens, limits, aheads)
+        return [T(warps=w, stages=1, tokens=m, parts=p, registers=r, ahead=a) for (w, p), m, r, a in choices]
     count = shape[-1] // unit
     most = max(32, lowering.power_of_two(count))
     threads = [(32 * w, w) for w in (1, 2, 4) if 32 * w <= most]

@@ -98,7 +98,7 @@ class Codes:
     which they came ahead of time (see `wanted`), or on their way, too.
 
     half: 0 or 1, whether this is row g or g + 8. at: `lowering.Ring.turn`. first: number of the tile's first piece.
-    scales: float16 bits by name. given: the codes by piece where there is no ring.
+    scales: float16 bits by name.
     """
 
     tile: decode.Tile
@@ -273,11 +273,10 @@ def split(x: Array, how: Format, blocks: int) -> Digits:
 class Work:
     """What a program multiplies.
 
-    format, how: of the weights, and how they are read. tiles: of every stack the thread's rows g and g + 8, or one that
-    is a row of either of two stacks. table: gives the codebook's, or None. digits: refs of `Digits`. first, steps: the
-    spans that the thread takes. last: the weights' last block; activations behind it are zeros. begin: what to do at
-    the beginning of the i-th span with the thread's block of it, for the codes of all tiles. load: how scales are
-    loaded.
+    format, how: of the weights, and how they are read. tiles: of every stack the thread's rows g and g + 8. table:
+    gives the codebook's, or None. digits: refs of `Digits`. first, steps: the spans that the thread takes. last: the
+    weights' last block; activations behind it are zeros. begin: what to do at the beginning of the i-th span with the
+    thread's block of it, for the codes of all tiles. load: how scales are loaded.
     """
 
     format: str
@@ -591,19 +590,13 @@ def _experts(
     W, parts = tuning.warps, tuning.parts
     least = 1 if how.runs else COLUMNS // 2
     M = least if few else max(least, min(tuning.tokens, lo.power_of_two(N)))
-    paired = len(stacks) == 2 and tuning.rows < ROWS  # a product's rows are of either stack
-    of_warp = ROWS // 2 if paired else ROWS
-    blocks, rows = K // BLOCK, of_warp * W // parts
+    blocks, rows = K // BLOCK, ROWS * W // parts
     steps, along = -(-blocks // (parts * how.blocks)), -(-out // rows)
     ahead = tuning.ahead if lo.has_order() else 0
     digits = [a for a in split(x, how, steps * parts * how.blocks) if a is not None]
-    plan = [ids.reshape(-1)] if few else list(schedule(ids, experts, M))
-    everything = (N if few else plan[1].size) * along
-    programs = min(tuning.programs or everything, everything)
-    if programs < everything and not few:
-        plan.append(jnp.sum(plan[-1] > 0, dtype=jnp.int32)[None])
+    plan = [ids.reshape(-1)] if few else schedule(ids, experts, M)
     of_tile = pieces(first.format, how.runs)
-    taken = of_tile * (1 if paired else len(stacks))
+    taken = of_tile * len(stacks)
     copies = COPIES_OF_FEW if few else COPIES
     book = [] if first.codebook is None else [jnp.asarray(table(first.codebook))]
     while 4 * (_ENTRIES + 128) * copies > lo.SHARED - (lo.SUMS * W if parts > 1 else 0):
@@ -617,28 +610,15 @@ def _experts(
         named = [dict(zip(stack.parts, take(len(stack.parts)), strict=True)) for stack in stacks]
         threads, program = lo.Threads.of(W, tuning.registers), pl.program_id(0)
         first_span = threads.warp // (W // parts) * steps
-        count = 1
-        if programs < everything:
-            total = everything if few else plan_refs[-1][0] * along
-            count = lax.div(total - program + (programs - 1), np.int32(programs))
+        i, base = lax.div(program, np.int32(along)), lax.rem(program, np.int32(along)) * rows
+        if few:  # here, because a launch of its own takes as long as routing
+            expert, start, used = jnp.clip(plan_refs[0][i], 0, experts - 1), 0, 1
+        else:
+            expert, start, used = (ref[i] for ref in plan_refs[1:])
+        row = base + ROWS * (threads.warp % (W // parts)) + threads.g
+        at = [expert * out + jnp.minimum(row + 8 * h, out - 1) for h in range(2)]
+        tiles = [tuple(decode.Tile(its, r) for r in at) for its in named]
 
-        def tile(j):
-            """Of a program's j-th work: the number in the plan, the first row, and the rows of the stacks."""
-            item = jnp.minimum(program + programs * j, everything - 1)
-            i, base = lax.div(item, np.int32(along)), lax.rem(item, np.int32(along)) * rows
-            # of few tokens here, because a launch of its own takes as long as routing
-            expert = jnp.clip(plan_refs[0][i], 0, experts - 1) if few else plan_refs[1][i]
-            row = base + of_warp * (threads.warp % (W // parts)) + threads.g
-            at = [expert * out + jnp.minimum(row + 8 * h, out - 1) for h in range(1 if paired else 2)]
-            if paired:
-                return i, base, [tuple(decode.Tile(its, at[0]) for its in named)]
-            return i, base, [tuple(decode.Tile(its, r) for r in at) for its in named]
-
-        if programs == everything:  # the only one
-            only = tile(0)
-            tile = lambda j: only  # noqa: E731
-
-        again = programs < everything or not few
         for_sums = lo.declared(W, lo.SUMS * W) if parts > 1 else None
         # of few tokens, everything that comes from the device's memory is asked for at once; of many, the compiler
         # knows better which registers are free
@@ -646,13 +626,12 @@ def _experts(
         ring = lo.Ring(lo.given_at_launch(W, lo.Ring.size(W, taken, ahead)), taken, ahead) if ahead else None
 
         def fetch(turn):
-            j, span = lax.div(turn, np.int32(steps)), first_span + lax.rem(turn, np.int32(steps))
             its = [
                 (m * of_tile + piece.number, half.refs[piece.name], (half.rows, piece.place), piece.mask)
-                for m, halves in enumerate(tile(j)[2]) for h, half in enumerate(halves)
-                for piece in wanted(first.format, how.runs, h, span, blocks - 1, threads.t)
+                for m, halves in enumerate(tiles) for h, half in enumerate(halves)
+                for piece in wanted(first.format, how.runs, h, first_span + turn, blocks - 1, threads.t)
             ]  # fmt: skip
-            ring.fetch(turn, its, turn < count * steps)
+            ring.fetch(turn, its, turn < steps)
 
         lookup = Table.on_its_way(book_ref[0], W, copies) if book else lambda: None
         for turn in range(ahead):
@@ -661,56 +640,49 @@ def _experts(
             made = lookup()
             lookup = lambda: made  # noqa: E731
 
-        def work(j):
-            i, base, tiles = tile(j)
-            start, used = (0, 1) if few else (plan_refs[2][i], plan_refs[3][i])
+        def begin(turn, block):
+            scales = [
+                [{n: load(half.refs[n], (half.rows, block)) for n in SCALES[first.format]} for half in halves]
+                for halves in tiles
+            ]
+            place = None
+            if ring is not None:
+                place = ring.turn(turn)
+                fetch(turn + ahead)
+            return [
+                [Codes(half, h, threads.t, scales[m][h], ring, place, m * of_tile) for h, half in enumerate(halves)]
+                for m, halves in enumerate(tiles)
+            ]
 
-            def begin(span, block):
-                scales = [
-                    [{n: load(half.refs[n], (half.rows, block)) for n in SCALES[first.format]} for half in halves]
-                    for halves in tiles
-                ]
-                at, turn = None, j * steps + span
-                if ring is not None:
-                    at = ring.turn(turn)
-                    fetch(turn + ahead)
-                return [
-                    [Codes(half, h, threads.t, scales[m][h], ring, at, m * of_tile) for h, half in enumerate(halves)]
-                    for m, halves in enumerate(tiles)
-                ]
-
-            def assignment(place):
-                if few:
-                    return i
-                place = start + jnp.minimum(place, used - 1)
-                return lo.load(plan_refs[0], (place,)) if jnp.ndim(place) else plan_refs[0][place]
-
-            def run(width):
-                places = [[(place, assignment(place)) for place in its] for its in mine(width, threads.t, how.runs)]
-                each = lambda n: [load(ref, (jnp.broadcast_to(n, threads.t.shape),)) for ref in more_refs]  # noqa: E731
-                numbers = [[each(n) for _, n in its] for its in places]  # not after the products, where all would wait
-                products = Work(
-                    first.format, how, tiles, threads, lookup, x_refs, first_span, steps, blocks - 1, begin, load
-                ).products(width, lambda place: source(assignment(place)))
-                row = base + of_warp * (threads.warp % (W // parts)) + threads.g
-                for c, e in [(c, e) for c, its in enumerate(places) for e in range(len(its))]:
-                    place, n = places[c][e]
-                    flat = [y for of_stack in products for y in of_stack[c][e]]
-                    flat = lo.sum_over_parts(flat, parts, for_sums, again)
-                    for h, both in enumerate([flat] if paired else [flat[::2], flat[1::2]]):
-                        inside = (row + 8 * h < out) & (place < used) & (threads.warp < W // parts)
-                        lo.store(out_ref, (n, row + 8 * h), finish(numbers[c][e], *both), mask=inside)
-
+        def assignment(place):
             if few:
-                run(1)
-            else:
-                by_width(least, M, used, run)
+                return i
+            place = start + jnp.minimum(place, used - 1)
+            return lo.load(plan_refs[0], (place,)) if jnp.ndim(place) else plan_refs[0][place]
 
-        lo.loop(count, lambda j, _: work(j), None)
+        def run(width):
+            places = [[(place, assignment(place)) for place in its] for its in mine(width, threads.t, how.runs)]
+            each = lambda n: [load(ref, (jnp.broadcast_to(n, threads.t.shape),)) for ref in more_refs]  # noqa: E731
+            numbers = [[each(n) for _, n in its] for its in places]  # not after the products, where all would wait
+            products = Work(
+                first.format, how, tiles, threads, lookup, x_refs, first_span, steps, blocks - 1, begin, load
+            ).products(width, lambda place: source(assignment(place)))
+            for c, its in enumerate(places):
+                for e, (place, n) in enumerate(its):
+                    sums = [y for of_stack in products for y in of_stack[c][e]]
+                    sums = lo.sum_over_parts(sums, parts, for_sums, again=not few)
+                    for h in range(2):
+                        inside = (row + 8 * h < out) & (place < used) & (threads.warp < W // parts)
+                        lo.store(out_ref, (n, row + 8 * h), finish(numbers[c][e], *sums[h::2]), mask=inside)
+
+        if few:
+            run(1)
+        else:
+            by_width(least, M, used, run)
 
     return lo.call(
         kernel, jax.ShapeDtypeStruct((N, out), dtype), *more, *plan, *digits, *book, *packed,
-        grid=(programs,), tuning=tuning, name=f"integers_{name}_{first.format.lower()}",
+        grid=((N if few else len(plan.expert)) * along,), tuning=tuning, name=f"integers_{name}_{first.format.lower()}",
     )  # fmt: skip
 
 

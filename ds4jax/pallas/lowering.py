@@ -40,7 +40,6 @@ class Tuning:
     warps, stages: Triton's num_warps and num_stages. tokens: rows of activations of a program (matrix kernels).
     ahead: by how many of its steps a program loads codes before it decodes them. parts: into how many parts of the
     input axis a program's warps divide their work. registers: at most so many a thread, see `limit_registers`.
-    programs: at most so many, each of which goes on to further work; 0: as many as there is work.
     """
 
     rows: int = 8
@@ -51,7 +50,6 @@ class Tuning:
     ahead: int = 0
     parts: int = 1
     registers: int = 0
-    programs: int = 0
 
 
 # ---- mode ------------------------------------------------------------------------------------------------------------
@@ -329,11 +327,11 @@ def threads_meet() -> None:
         _triton().debug_barrier()
 
 
-def loop(n: int | Array, body: Callable[[Any, Any], Any], carry: Any) -> Any:
+def loop(n: int, body: Callable[[Any, Any], Any], carry: Any) -> Any:
     """`for i in range(n): carry = body(i, carry)`; a single turn is written out, so that indices are constants."""
-    if isinstance(n, int) and n == 1:
+    if n == 1:
         return body(jnp.int32(0), carry)
-    return lax.fori_loop(jnp.int32(0), jnp.int32(n), body, carry)
+    return lax.fori_loop(0, n, body, carry)
 
 
 # ---- words -----------------------------------------------------------------------------------------------------------

@@ -25,9 +25,9 @@ _DEFAULT = {
     "down": Tuning(rows=4, units=32, warps=1),
     "bytes": Tuning(rows=4, units=32, warps=1, tokens=4),
     # few: enough warps to fill a device with six experts' rows
-    "integers_few": Tuning(rows=16, warps=4, stages=1, parts=4),
-    "integers_runs": Tuning(rows=16, warps=4, stages=1, tokens=2),
-    "integers": Tuning(rows=16, warps=4, stages=1, tokens=8),
+    "integers_few": Tuning(warps=4, stages=1, parts=4),
+    "integers_runs": Tuning(warps=4, stages=1, tokens=2),
+    "integers": Tuning(warps=4, stages=1, tokens=8),
     # three stages: of activations, too, a step's are on their way while the last one's are multiplied
     "dense": Tuning(rows=64, warps=4, stages=3, tokens=64, ahead=1),
     "grouped": Tuning(rows=64, warps=4, stages=3, tokens=64, ahead=1),

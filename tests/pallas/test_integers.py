@@ -22,7 +22,7 @@ EXACT = 5e-7  # what float32 sums lose
 
 
 def shape(warps=1, **kw):
-    return lowering.Tuning(**{"stages": 1, "warps": warps, "rows": 16} | kw)
+    return lowering.Tuning(stages=1, warps=warps, **kw)
 
 
 def choices(rng, tokens, which):
@@ -76,7 +76,7 @@ def plain_swiglu(x, gate, up, ids, weights):
 @pytest.mark.parametrize("name, tokens, which, F, tuning", [
     ("IQ2_XXS", 8, "outside", 1280, shape(2, parts=2)),  # spans of two blocks reach past the end
     ("Q2_K", 1, "random", 768, shape(4, parts=4)),  # a part of nothing but zeros
-    ("Q2_K", 3, "random", 512, shape(2, parts=2, programs=4)),  # programs with further work, the last with less
+    ("Q2_K", 3, "random", 512, shape(2, parts=2)),
 ])  # fmt: skip
 def test_few_tokens(rng, in_float32, name, tokens, which, F, tuning):
     w, h, ids = weight(rng, name, (E, OUT, F)), whole(rng, (tokens, K, F)), choices(rng, tokens, which)
@@ -87,7 +87,7 @@ def test_few_tokens(rng, in_float32, name, tokens, which, F, tuning):
     ("IQ2_XXS", "runs", 9, "uneven", 256, shape(2, tokens=4, parts=2)),
     ("IQ2_XXS", "tokens", 9, "one expert", 768, shape(2, tokens=8, parts=2)),
     ("Q2_K", "tokens", 21, "uneven", 512, shape(tokens=16)),
-    ("IQ2_XXS", "runs", 9, "uneven", 512, shape(tokens=4, programs=5)),
+    ("IQ2_XXS", "runs", 9, "uneven", 512, shape(tokens=4)),
 ])  # fmt: skip
 def test_batches(rng, in_float32, by, name, way, tokens, which, F, tuning):
     by(way)
@@ -119,12 +119,10 @@ def test_more_batches(rng, in_float32, by, name, way, M, parts, which, F):
 
 @pytest.mark.parametrize("name, way, tokens, tuning", [
     ("IQ2_XXS", "runs", 3, shape(2, parts=2)),
-    ("IQ2_XXS", "runs", 3, shape(2, parts=2, rows=8)),  # a product's rows of either stack
     pytest.param("IQ2_XXS", "runs", 9, shape(tokens=4), marks=pytest.mark.full),
     pytest.param("IQ2_XXS", "tokens", 9, shape(2, tokens=8, parts=2), marks=pytest.mark.full),
     pytest.param("Q2_K", "tokens", 3, shape(2, parts=2), marks=pytest.mark.full),
     ("Q2_K", "tokens", 9, shape(4, tokens=4)),
-    pytest.param("IQ2_XXS", "tokens", 9, shape(2, tokens=8, rows=8), marks=pytest.mark.full),
     pytest.param("Q2_K", "tokens", 21, shape(2, tokens=16), marks=pytest.mark.full),
 ])  # fmt: skip
 def test_swiglu(rng, by, name, way, tokens, tuning):
@@ -315,9 +313,9 @@ def test_a_limit_of_registers_reaches_the_assembler():
     *(("IQ2_XXS", "runs", 64, shape(4, tokens=m)) for m in (1, 4)),
     *((name, "tokens", 64, shape(8, tokens=16, parts=2)) for name in integers.TOKENS),
     ("Q2_K", "tokens", 1, shape(8, parts=8)),
-    ("IQ2_XXS", "runs", 1, shape(4, parts=4, ahead=2, programs=512)),
+    ("IQ2_XXS", "runs", 1, shape(4, parts=4, ahead=2)),
     ("IQ2_XXS", "tokens", 64, shape(8, tokens=8, ahead=1)),
-    ("Q2_K", "tokens", 64, shape(4, tokens=8, ahead=1, programs=528)),
+    ("Q2_K", "tokens", 64, shape(4, tokens=8, ahead=1)),
 ])  # fmt: skip
 def test_shapes_of_work_lower_for_cuda(by, name, way, tokens, tuning):
     by(way)
