@@ -60,11 +60,11 @@ def _pairs(run: decode.Run) -> list[tuple[Array, Array]]:
 # ---- activations -----------------------------------------------------------------------------------------------------
 
 
-def halves(x: Array, order: np.ndarray) -> tuple[Array, Array]:
+def halves(x: Array, order: np.ndarray, shift: int = SHIFT) -> tuple[Array, Array]:
     """Activations x [rows, K] with their columns in `order` (K: a zero), as these kernels take them.
 
     Returns words int32 [rows, len(order)/2] of two float16, times a power of two that brings the row's largest below
-    2^15; and float32 [rows], what undoes that and the weights' 2^SHIFT: NaN for a row that holds NaN or infinity.
+    2^15; and float32 [rows], what undoes that and the weights' 2^shift: NaN for a row that holds NaN or infinity.
     """
     (rows, K), pairs = x.shape, len(order) // 2
     all_of_row, width = lo.power_of_two(K), min(4096, lo.power_of_two(pairs))
@@ -78,7 +78,7 @@ def halves(x: Array, order: np.ndarray) -> tuple[Array, Array]:
         exponent = jnp.max(bits) >> 23
         finite = exponent < 255
         exponent = jnp.clip(exponent, 15, 254)
-        undo = (exponent - 14 - SHIFT) << 23
+        undo = (exponent - 14 - shift) << 23
         undo = jnp.where(undo > 0, lax.bitcast_convert_type(undo, jnp.float32), 0.0)
         lo.store(scale_ref, (n + jnp.zeros((1,), jnp.int32),), jnp.where(finite, undo, jnp.nan)[None])
         factor = lax.bitcast_convert_type((268 - exponent) << 23, jnp.float32)

@@ -142,14 +142,19 @@ class Piece(NamedTuple):
 SCALES = {"IQ2_XXS": ("d",), "Q2_K": ("d", "dmin")}
 
 MAGNITUDES = (8, 25, 43, 0)  # of the codebook of two bits
-_PLUS, _MINUS = (int(np.asarray([sign * m for m in MAGNITUDES], np.int8).view("<i4")[0]) for sign in (1, -1))
+_PLUS, _MINUS = (np.asarray([sign * m for m in MAGNITUDES], np.int8).view("<i4")[0] for sign in (1, -1))
+# high bytes of the magnitudes as float16, of their negatives, and the low bytes
+_HALVES = np.asarray([MAGNITUDES, MAGNITUDES], np.float16) * np.float16([[1], [-1]])
+_HIGH, _NEGATIVE = (np.ascontiguousarray(row.view(np.uint8)[1::2]).view("<i4")[0] for row in _HALVES)
+_LOW = np.ascontiguousarray(_HALVES[0].view(np.uint8)[::2]).view("<i4")[0]
+_VALUES = (_PLUS, _MINUS, _HIGH, _NEGATIVE, _LOW)
 _ENTRIES = 256
 
 
 def table(codebook: np.ndarray) -> np.ndarray:
-    """What a kernel looks entries up in: uint32 [256 + 128 + 32]: the codebook's selectors, those of the signs, and 16
-    times the magnitudes and their negatives. (What all threads have in common is moved to a register at each use; so
-    they load these from places of their own.)
+    """What a kernel looks entries up in: uint32 [256 + 128 + 16 · 5]: the codebook's selectors, those of the signs, and
+    16 times the magnitudes and their negatives, as bytes and as float16. (What all threads have in common is moved to a
+    register at each use; so they load these from places of their own.)
 
     codebook: uint8 [256, 8], magnitudes. A selector has four bits for each of 8 elements: the number of the magnitude
     among `MAGNITUDES`, and above it the sign; signs come by their 7-bit index, an even number of eight.
@@ -159,7 +164,7 @@ def table(codebook: np.ndarray) -> np.ndarray:
     bits[:, 7] = bits[:, :7].sum(axis=1) & 1
     nibbles = np.concatenate([number, bits << 2])
     selectors = np.bitwise_or.reduce(nibbles << 4 * np.arange(8, dtype=np.uint32), axis=1)
-    return np.concatenate([selectors, np.tile(np.asarray([_PLUS, _MINUS], np.int32).view(np.uint32), 16)])
+    return np.concatenate([selectors, np.tile(np.asarray(_VALUES, np.int32).view(np.uint32), 16)])
 
 
 class Table(NamedTuple):
@@ -172,35 +177,64 @@ class Table(NamedTuple):
     def on_its_way(cls, ref: Any, warps: int, copies: int) -> Callable[[], Table]:
         """Loads it; the result is called where it is needed."""
         words = lo.words_to_share(ref, warps, _ENTRIES + 128)
-        first = _ENTRIES + 128 + 2 * (jnp.arange(32 * warps, dtype=jnp.int32) & 15)
-        values = [lo.load(ref, (first + i,)) for i in range(2)]
+        first = _ENTRIES + 128 + len(_VALUES) * (jnp.arange(32 * warps, dtype=jnp.int32) & 15)
+        values = [lo.load(ref, (first + i,)) for i in range(len(_VALUES))]
         return lambda: cls(lo.share(words, warps, copies, _ENTRIES + 128), values)
 
     def entry(self, codes: Array, signs: Array, e: int | Array) -> list[Array]:
         """The e-th of the four entries of words of IQ2_XXS: 8 signed bytes, two words."""
+        plus, minus = self.values[:2]
+
+        def twin(low, high):
+            return [lo.pick(plus, minus, low), lo.pick(plus, minus, high)]
+
+        return self._look_up(codes, signs, e, [plus, minus], 2, "prmt.b32 $0, {0}, {1}, c; prmt.b32 $1, {0}, {1}, s;", twin)
+
+    def halves(self, codes: Array, signs: Array, e: int) -> list[Array]:
+        """The same as four words of two float16."""
+        plus, minus, low = self.values[2:]
+
+        def twin(*selectors):
+            both = [(lo.pick(low, low, s), lo.pick(plus, minus, s)) for s in selectors]
+            return [lo.pick(*its, order) for its in both for order in (0x5140, 0x7362)]
+
+        code = "".join(
+            f"prmt.b32 l, {{2}}, {{2}}, {s}; prmt.b32 h, {{0}}, {{1}}, {s};"
+            f"prmt.b32 ${2 * i}, l, h, 0x5140; prmt.b32 ${2 * i + 1}, l, h, 0x7362;"
+            for i, s in enumerate("cs")
+        )
+        return self._look_up(codes, signs, e, [plus, minus, low], 4, code, twin)
+
+    def _look_up(
+        self, codes: Array, signs: Array, e: int | Array, values: list[Array], outs: int, code: str,
+        twin: Callable[..., list[Array]],
+    ) -> list[Array]:  # fmt: skip
+        """code: makes `outs` words of the selectors of four elements each, c and s, and of `values` {0} …."""
         pitch = self.selectors.pitch
 
-        def twin(codes, signs, base, plus, minus, e=e):
-            both = self.selectors.words[codes >> 8 * e & 255] | self.selectors.words[_ENTRIES + (signs >> 7 * e & 127)]
-            return [lo.pick(plus, minus, both & 0xFFFF), lo.pick(plus, minus, both >> 16 & 0xFFFF)]
+        def by_twin(codes, signs, *rest):
+            e_ = e if isinstance(e, int) else rest[-1]
+            both = self.selectors.words[codes >> 8 * e_ & 255] | self.selectors.words[_ENTRIES + (signs >> 7 * e_ & 127)]
+            return twin(both & 0xFFFF, both >> 16 & 0xFFFF)
 
-        args, selector, shift, prepare = [codes, signs, self.selectors.base, *self.values], "", "", ""
+        args, selector, shift, prepare = [codes, signs, self.selectors.base, *values], "", "", ""
+        at = [f"${outs + i}" for i in range(len(args) + 1)]
         if isinstance(e, int):
             selector, shift = 0x4440 + e, 7 * e
         else:
             args.append(e)
-            selector, shift, prepare = "c", "s", f"add.u32 c, $7, {0x4440}; mul.lo.u32 s, $7, 7;"
-        code = f"""{{
-            .reg .b32 c, s; {prepare}
-            prmt.b32 c, $2, 0, {selector}; mad.lo.u32 c, c, {pitch}, $4; ld.shared.b32 c, [c];
-            shr.u32 s, $3, {shift}; and.b32 s, s, 127; mad.lo.u32 s, s, {pitch}, $4;
+            selector, shift, prepare = "c", "s", f"add.u32 c, {at[-1]}, {0x4440}; mul.lo.u32 s, {at[-1]}, 7;"
+        asm = f"""{{
+            .reg .b32 c, s, l, h; {prepare}
+            prmt.b32 c, {at[0]}, 0, {selector}; mad.lo.u32 c, c, {pitch}, {at[2]}; ld.shared.b32 c, [c];
+            shr.u32 s, {at[1]}, {shift}; and.b32 s, s, 127; mad.lo.u32 s, s, {pitch}, {at[2]};
             ld.shared.b32 s, [s + {_ENTRIES * pitch}];
-            or.b32 c, c, s; shr.u32 s, c, 16; prmt.b32 $0, $5, $6, c; prmt.b32 $1, $5, $6, s;
+            or.b32 c, c, s; shr.u32 s, c, 16; {code.format(*at[3:])}
         }}"""
-        return lo.instructions(code, args, [jnp.int32] * 2, twin)
+        return lo.instructions(asm, args, [jnp.int32] * outs, by_twin)
 
 
-def _doubled_scale(signs: Array) -> Array:
+def doubled_scale(signs: Array) -> Array:
     """Twice the four bits of a scale above the signs and a half."""
     return signs >> np.uint32(27) | np.uint32(1)
 
@@ -362,7 +396,7 @@ def _by_runs(work: Work, width: int, row: Callable[[Any], Array]) -> list[list[l
             for m in range(len(work.tiles)):
                 entries = [[table.entry(codes[m][h][r], signs[m][h][r], e) for h in range(2)] for e in range(4)]
                 a = [[its[h][i] for i in range(2) for h in range(2)] for its in entries]
-                scales = [_doubled_scale(signs[m][h][r]) for h in range(2)]
+                scales = [doubled_scale(signs[m][h][r]) for h in range(2)]
                 for n in range(width):
                     sums[m][n] = _run_product(a, b[n], scales, sums[m][n])
         for m in range(len(work.tiles)):
@@ -479,7 +513,7 @@ def _iq2_xxs(its: Codes, block: Array, table: Table) -> _Part:
         for n, name in enumerate(("codes", "signs"))
     )
     words = [table.entry(c, s, its.t) for c, s in zip(codes, signs, strict=True)]
-    return _Part(words, [_doubled_scale(s) for s in signs], None, 0.125 * its.float("d"), None)
+    return _Part(words, [doubled_scale(s) for s in signs], None, 0.125 * its.float("d"), None)
 
 
 def _q2_k(its: Codes, block: Array, table: None) -> _Part:

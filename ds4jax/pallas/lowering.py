@@ -193,12 +193,13 @@ def addresses(ref: Any, index: tuple[Any, ...]) -> Array:
 _ADDRESS = "address"  # what the rule for loads is told instead of an eviction policy
 
 
-def ordered(code: str, args: Sequence[Array], outs: int = 0) -> list[Array]:
+def ordered(code: str, args: Sequence[Array], outs: int = 0, tied: bool = False) -> list[Array]:
     """Instructions that take place, in the program's order, whether or not somebody wants what they give: `outs` words.
 
-    code: as for `instructions`. args: words, or `addresses`, of one shape.
+    code: as for `instructions`. args: words, or `addresses`, of one shape. tied: the first `outs` of them are in the
+    registers of the results.
     """
-    out = _ordered().bind(*args, code=code, outs=max(1, outs))
+    out = _ordered().bind(*args, code=code, outs=max(1, outs), tied=tied)
     return list(out[:outs])
 
 
@@ -234,17 +235,19 @@ def _ordered() -> Any:
     def load_or_stop(pointers, *args, **kw):
         return pointers if getattr(here, "stop", False) else load_(pointers, *args, **kw)
 
-    def lower(ctx, *args, code, outs):
+    def lower(ctx, *args, code, outs, tied):
         shape = ir.RankedTensorType(args[0].type).shape
-        pointers = ["!tt.ptr" in str(a.type) for a in args]
-        constraints = ",".join(["=&r"] * outs + ["l" if p else "r" for p in pointers])
+        letters = ["l" if "!tt.ptr" in str(a.type) else "r" for a in args]
+        if tied:
+            letters[:outs] = [str(i) for i in range(outs)]
+        constraints = ",".join(["=r" if tied else "=&r"] * outs + letters)
         kinds = [ir.RankedTensorType.get(shape, ir.IntegerType.get_signless(32))] * outs
         out = asm(kinds, code, constraints=constraints, pure=False, packed_element=1, args=args)
         return list(out) if outs > 1 else [out]
 
     primitive.multiple_results = True
     primitive.def_effectful_abstract_eval(
-        lambda *avals, code, outs: ([core.ShapedArray(avals[0].shape, jnp.int32)] * outs, {barrier_effect})
+        lambda *avals, code, outs, tied: ([core.ShapedArray(avals[0].shape, jnp.int32)] * outs, {barrier_effect})
     )
     rules.triton_lowering_rules[primitives.load_p], rules._load = either, load_or_stop
     rules.triton_lowering_rules[primitive] = lower
@@ -489,6 +492,17 @@ def halves_of_bytes(x: Array) -> tuple[Array, Array]:
     return tuple(_asm("add.rn.f16x2 $0, $1, $2;", (p, bias)) for p in pairs)
 
 
+def _eights(words: Sequence[Array]) -> list[Array]:
+    """Words of two float16 as four threads have them, thread after thread: float32 [warps, 8, 8] each."""
+    return [jnp.stack(_half_floats(w.reshape(-1, 8, 4)), axis=-1).reshape(-1, 8, 8) for w in words]
+
+
+def _left(a: Sequence[Array]) -> Array:
+    """`warp_product`'s a: float32 [warps, 16, 16]."""
+    top, bottom, top8, bottom8 = _eights(a)
+    return jnp.concatenate([jnp.concatenate([top, top8], 2), jnp.concatenate([bottom, bottom8], 2)], 1)
+
+
 def warp_product(a: Sequence[Array], b: Sequence[Array], c: Sequence[Array]) -> list[Array]:
     """Tensor cores' product of a warp: c + a · b, a 16 × 16 and b 16 × 8 of float16, c 16 × 8 of float32.
 
@@ -498,15 +512,7 @@ def warp_product(a: Sequence[Array], b: Sequence[Array], c: Sequence[Array]) -> 
     columns 2t and 2t + 1, then row g + 8.
     """
     if interpreting():
-        lanes = lambda x: x.reshape(-1, 8, 4)  # noqa: E731
-        pairs = lambda words: [jnp.stack(_half_floats(lanes(w)), axis=-1) for w in words]  # [W, g, t, 2]  # noqa: E731
-        top, bottom, top8, bottom8 = pairs(a)
-        wide = lambda x: x.reshape(*x.shape[:2], 8)  # noqa: E731
-        left = jnp.concatenate(
-            [jnp.concatenate([wide(top), wide(top8)], 2), jnp.concatenate([wide(bottom), wide(bottom8)], 2)], 1
-        )
-        right = jnp.concatenate([wide(x) for x in pairs(b)], 2)  # [W, n, k]
-        return _add_dealt(left, right, c)
+        return _add_dealt(_left(a), jnp.concatenate(_eights(b), 2), c)
     code = "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
     return instructions(code, [*a, *b, *c], [jnp.float32] * 4, lambda *_: ())
 
@@ -698,6 +704,31 @@ def share(words: list[Array], warps: int, copies: int, count: int) -> SharedWord
     return SharedWords(base, None, 4 * copies)
 
 
+class Coming(NamedTuple):
+    """`size` bytes (4, 8 or 16) of `ref[index]` that each thread lets come to shared memory, `offset` bytes behind
+    `place`, if `on`."""
+
+    place: Array
+    offset: int
+    ref: Any
+    index: tuple[Any, ...]
+    size: int
+    on: Array | None = None
+
+
+def let_come(pieces: Sequence[Coming]) -> None:
+    """Pieces pass no register, and nobody waits (`cp.async`); all since the last call are one group."""
+    code, args = "", []
+    for i, piece in enumerate(pieces):
+        place, kind = f"${1 + 2 * i}", "cg" if piece.size == 16 else "ca"
+        code += f"setp.ge.s32 p, {place}, 0;"
+        code += f"@p cp.async.{kind}.shared.global [{place} + {piece.offset}], [${2 + 2 * i}], {piece.size};"
+        args += [
+            piece.place if piece.on is None else jnp.where(piece.on, piece.place, -1), addresses(piece.ref, piece.index)
+        ]  # fmt: skip
+    ordered(f"{{ .reg .pred p; {code} cp.async.commit_group; mov.b32 $0, 0; }}", args)
+
+
 PIECE = 16  # bytes
 
 
@@ -737,23 +768,144 @@ class Ring:
 
     def fetch(self, turn: Array, wanted: Sequence[tuple[int, Any, tuple[Any, ...], Array | None]], on: Array) -> None:
         """Let pieces (number, ref, index [threads], mask [threads] or None) come for a turn, if `on`."""
-        at, code = self._at(turn), ""
-        places = [jnp.where(on if mask is None else on & mask, at, -1) for *_, mask in wanted]
-        for i, (n, *_) in enumerate(wanted):
-            place = f"${1 + 2 * i}"
-            code += f"setp.ge.s32 p, {place}, 0;"
-            code += f"@p cp.async.cg.shared.global [{place} + {n * self._bytes}], [${2 + 2 * i}], {PIECE};"
-        args = [
-            a for place, (_, ref, index, _) in zip(places, wanted, strict=True) for a in (place, addresses(ref, index))
-        ]
-        ordered(f"{{ .reg .pred p; {code} cp.async.commit_group; mov.b32 $0, 0; }}", args)
+        at = self._at(turn)
+        let_come([
+            Coming(at, n * self._bytes, ref, index, PIECE, on if mask is None else on & mask)
+            for n, ref, index, mask in wanted
+        ])  # fmt: skip
 
     def read(self, at: Array, n: int, words: int = 4, of: Array | int = 0) -> list[Array]:
         """`words` words of piece n, `of` bytes further: uint32."""
-        outs = ", ".join(f"${i}" for i in range(words))
-        kind, outs = (f".v{words}.b32", f"{{{outs}}}") if words > 1 else (".b32", outs)
-        code = f"ld.shared{kind} {outs}, [${words} + {n * self._bytes}];"
-        return [_bits(w, jnp.uint32) for w in ordered(code, [at + of], words)]
+        return read_shared(at + of, n * self._bytes, words)
+
+
+def read_shared(at: Array, offset: int, words: int) -> list[Array]:
+    """1, 2 or 4 words from `offset` bytes behind `at` on: uint32."""
+    outs = ", ".join(f"${i}" for i in range(words))
+    kind, outs = (f".v{words}.b32", f"{{{outs}}}") if words > 1 else (".b32", outs)
+    code = f"ld.shared{kind} {outs}, [${words} + {offset}];"
+    return [_bits(w, jnp.uint32) for w in ordered(code, [at], words)]
+
+
+PANEL = 64  # columns of a panel
+_CHUNK = 8  # columns that a thread lets come at once, 16 bytes
+_MATRIX = 128  # bytes of eight rows of a chunk
+
+
+@dataclasses.dataclass(frozen=True)
+class Panels:
+    """Rows of float16, of which all of a program's warps multiply 64 columns a turn, a panel, with weights that each
+    thread decodes: Hopper's `wgmma` reads the panel from shared memory, and the weights from registers.
+
+    Panels come `AHEAD` turns before they are wanted. A turn is `wait`, `fetch` of the turn `AHEAD` later, `multiply`,
+    and `done`; before the first there are `begin`, fetches of turns 0 … AHEAD - 1, and `done`.
+
+    ref: int32 [rows, 32 · panels], words of two float16. width: how many rows, 8 to 256. row: int32 [threads] → int32
+    [threads], the row of `ref` that is row n of the panels. base: int32 [threads], of `size` bytes of
+    `given_at_launch`, or None where kernels are interpreted.
+    """
+
+    ref: Any
+    width: int
+    row: Callable[[Array], Array]
+    base: Array | None
+    threads: int
+
+    AHEAD = 3
+
+    @classmethod
+    def size(cls, width: int) -> int:
+        return _MATRIX + (cls.AHEAD + 1) * 2 * PANEL * width
+
+    def _panel(self, turn: Array) -> Array:
+        place = lax.rem(jnp.asarray(turn, jnp.int32), np.int32(self.AHEAD + 1))
+        return self.base + (_MATRIX + 2 * PANEL * self.width * place)
+
+    def begin(self) -> None:
+        if interpreting():
+            return
+        code = f"""{{ .reg .b32 t; .reg .pred p; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0;
+            @p mbarrier.init.shared::cta.b64 [$1], {self.threads // 32}; bar.sync 0; mov.b32 $0, 0; }}"""
+        ordered(code, [self.base])
+
+    def pieces(self) -> list[tuple[Array, Array, Array, Array | None]]:
+        """What a thread lets come of every panel: rows of `ref`, first words, places behind the panel's beginning, and
+        whether at all. Eight threads have eight neighbouring rows, and a warp four chunks."""
+        lane = jnp.arange(self.threads, dtype=jnp.int32)
+        out, of_row = [], PANEL // _CHUNK
+        for first in range(0, self.width * of_row, self.threads):
+            task = (first + lane) >> 5
+            chunk, group = 4 * (task & 1) + (lane >> 3 & 3), task >> 1
+            on = None if first + self.threads <= self.width * of_row else group < self.width // 8
+            row = self.row(jnp.minimum(8 * group + (lane & 7), self.width - 1))
+            out.append((row, 4 * chunk, _MATRIX * (of_row * group + chunk) + 16 * (lane & 7), on))
+        return out
+
+    def fetch(self, pieces: Sequence[Any], turn: Array, on: Array, more: Sequence[Coming] = ()) -> None:
+        """Let a turn's panel come, if `on`, and `more`; `pieces` of `pieces`."""
+        if interpreting():
+            return
+        panel = self._panel(turn)
+        coming = [
+            Coming(panel + at, 0, self.ref, (row, PANEL // 2 * turn + word), PIECE, on if mask is None else on & mask)
+            for row, word, at, mask in pieces
+        ]
+        let_come([*coming, *more])
+
+    def done(self, turn: Array) -> None:
+        """The thread's part of a turn's panel is there, and the products of the turn before are."""
+        if interpreting():
+            return
+        code = f"""{{ .reg .b32 t; .reg .pred p; cp.async.wait_group {self.AHEAD - 1}; fence.proxy.async.shared::cta;
+            mov.u32 t, %tid.x; and.b32 t, t, 31; setp.eq.u32 p, t, 0; bar.warp.sync -1;
+            @p mbarrier.arrive.shared::cta.b64 _, [$1]; mov.b32 $0, 0; }}"""
+        ordered(code, [self.base])
+
+    def wait(self, turn: Array) -> None:
+        """For all threads' `done` of a turn."""
+        if interpreting():
+            return
+        code = """{ .reg .pred p; .reg .b32 n; and.b32 n, $2, 1;
+            again: mbarrier.try_wait.parity.shared::cta.b64 p, [$1], n; @p bra there; bra again; there:
+            mov.b32 $0, 0; }"""
+        ordered(code, [self.base, jnp.broadcast_to(turn, self.base.shape)])
+
+    def multiply(self, turn: Array, a: Sequence[Array], sums: list[Array]) -> list[Array]:
+        """sums + a · panelᵀ: float32 [threads], width/2 of them.
+
+        a: 16 words of two float16, four each for 16 columns as in `warp_product` (its rows are those of a warp, 64 of
+        four warps). Results: four for each 8 rows of the panel, as there.
+        """
+        if interpreting():
+            rows = self.row(jnp.arange(self.width, dtype=jnp.int32))
+            columns = PANEL // 2 * turn + jnp.arange(PANEL // 2, dtype=jnp.int32)
+            right = jnp.stack(_half_floats(self.ref[rows[:, None], columns]), axis=-1).reshape(self.width, PANEL)
+            for i in range(0, PANEL, 16):
+                # of 8 columns, a thread's two words
+                b = right[:, i : i + 16].reshape(self.width // 8, 8, 16)
+                left = _left(a[i // 4 : i // 4 + 4])
+                y = jnp.einsum("wrk,nck->wnrc", left, b, precision=lax.Precision.HIGHEST)
+                y = y.reshape(len(left), self.width // 8, 2, 8, 4, 2)
+                sums = [
+                    old + y[:, n // 4, n % 4 // 2, :, :, n % 2].reshape(old.shape) for n, old in enumerate(sums)
+                ]  # fmt: skip
+            return sums
+        n = len(sums)
+        out = ", ".join(f"${i}" for i in range(n))
+        code = "{ .reg .b32 a; .reg .b64 d; .reg .pred p; setp.eq.u32 p, 0, 0; wgmma.fence.sync.aligned;"
+        code += f"shr.u32 a, ${2 * n + 16}, 4; and.b32 a, a, 16383; or.b32 a, a, {_MATRIX >> 4 << 16};"
+        for i in range(4):
+            its = ", ".join(f"${2 * n + 4 * i + j}" for j in range(4))
+            code += f"mov.b64 d, {{a, {PANEL // _CHUNK * _MATRIX >> 4}}}; add.u32 a, a, {2 * _MATRIX >> 4};"
+            code += f"wgmma.mma_async.sync.aligned.m64n{self.width}k16.f32.f16.f16 {{{out}}}, {{{its}}}, d, p, 1, 1, 0;"
+        code += "wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0; }"
+        args = [*(_bits(s) for s in sums), *(_bits(x) for x in a), self._panel(turn)]
+        return [_bits(s, jnp.float32) for s in ordered(code, args, n, tied=True)]
+
+
+def has_panels() -> bool:
+    """Whether the device has what `Panels` needs: Hopper's alone."""
+    return 9.0 <= capability() < 10.0 and (interpreting() or has_order())
 
 
 RESERVED = 4096  # bytes of the memory given at launch that a compiler may use for its own purposes
@@ -772,6 +924,11 @@ def given_at_launch(warps: int, size: int) -> Array:
     code = """{ .reg .b32 r; mov.u32 r, %reserved_smem_offset_end; mov.u32 $0, %total_smem_size; add.u32 $0, $0, r;
         mov.u32 r, %dynamic_smem_size; sub.u32 $0, $0, r; add.u32 $0, $0, $1; }"""
     return instructions(code, [jnp.full((32 * warps,), RESERVED, jnp.int32)], [jnp.int32], lambda *_: ())[0]
+
+
+def aligned(address: Array) -> Array:
+    """The first place from `address` on that is a multiple of `LINE` bytes."""
+    return (address + (LINE - 1)) & ~np.int32(LINE - 1)
 
 
 @functools.cache

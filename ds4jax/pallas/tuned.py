@@ -28,6 +28,7 @@ _DEFAULT = {
     "integers_few": Tuning(warps=4, stages=1, parts=4),
     "integers_runs": Tuning(warps=4, stages=1, tokens=2),
     "integers": Tuning(warps=4, stages=1, tokens=8),
+    "warpgroups": Tuning(warps=16, stages=1, tokens=128, ahead=1),
     # three stages: of activations, too, a step's are on their way while the last one's are multiplied
     "dense": Tuning(rows=64, warps=4, stages=3, tokens=64, ahead=1),
     "grouped": Tuning(rows=64, warps=4, stages=3, tokens=64, ahead=1),
@@ -114,6 +115,13 @@ def grouped(format: str, out: int, K: int, assignments: int, experts: int) -> Tu
     t = lookup("grouped", format, out, K)
     mean = max(1, assignments // experts)
     return dataclasses.replace(t, tokens=min(t.tokens, max(64, power_of_two(mean))))
+
+
+def warpgroups(format: str, out: int, K: int, assignments: int, experts: int) -> Tuning:
+    """As `grouped`, of products by warpgroups."""
+    t = lookup("warpgroups", format, out, K)
+    mean = max(1, assignments // experts)
+    return dataclasses.replace(t, tokens=min(t.tokens, max(16, power_of_two(mean))))
 
 
 def by_integers(format: str, tokens: int, assignments: int, experts: int) -> bool:

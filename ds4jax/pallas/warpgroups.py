@@ -1,0 +1,355 @@
+"""Products with many rows of activations on Hopper's tensor cores, weights from registers.
+
+Four warps multiply 64 rows of weights, which each thread decodes to the registers from which the tensor cores read
+(`wgmma`, PTX ISA), with up to 128 rows of activations, which lie in shared memory and came there ahead of time. No
+decoded weight is ever stored. Which thread holds which element is written down, and any order of the columns serves as
+long as both operands have the same: activations are written once in the order in which the threads decode (`halves`).
+
+A *span* is a block of 256 elements of a row, of which each of the four threads that share a row has a quarter; its codes
+come to shared memory a span ahead. A *turn* is a panel of 64 columns: sixteen elements of either of a thread's rows.
+
+Both operands are float16, as in `fragments`. One loop serves one matrix and routed experts, whose assignments are sorted
+by expert and cut into tiles as in `matrix`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+
+from ds4jax.pallas import decode, integers, matvec, tuned
+from ds4jax.pallas import lowering as lo
+from ds4jax.pallas.experts import Stack, activation, by_width, combine, schedule
+from ds4jax.pallas.fragments import halves
+
+Array = jax.Array
+
+SPAN = 256  # elements
+TURNS = SPAN // lo.PANEL
+LEAST, MOST = 8, 128  # rows of activations that are multiplied at once
+COPIES = 32  # of a codebook's table
+
+
+# ---- formats ---------------------------------------------------------------------------------------------------------
+
+Read = Callable[[int, int, int], list[Array]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """How a thread reads its quarter of a span of a row.
+
+    shift: decoded weights are multiplied by 2^shift. columns: int [4 threads, TURNS, 16] of a span, in the order in
+    which `words` has them. pieces: part, bytes, and first entry by (block, t), of what comes ahead. scalars: parts of
+    which a block has one entry, float16.
+
+    words(turn, read, scalars, t, table): the turn's 16 elements as 8 words of two float16. read(i, first, n): words
+    first … first + n - 1 of the i-th piece.
+    """
+
+    shift: int
+    columns: np.ndarray
+    pieces: tuple[tuple[str, int, Callable[[Array, Array], Array]], ...]
+    scalars: tuple[str, ...]
+    words: Callable[[int, Read, list[Array], Array, Any], list[Array]]
+
+    @property
+    def bytes(self) -> int:
+        """Of all pieces."""
+        return sum(size for _, size, _ in self.pieces)
+
+
+def _both(x: Array) -> Array:
+    return lo.half_pair(x, x)
+
+
+def _small(x: Array) -> Array:
+    return x.astype(jnp.int32).astype(jnp.float32)
+
+
+def _iq2_xxs(turn: int, read: Read, scalars: list[Array], t: Array, table: Any) -> list[Array]:
+    (codes,), (signs,) = (read(i, turn >> 1, 1) for i in range(2))
+    scale = _both(scalars[0] * np.float32(0.125 * 2.0**6) * _small(integers.doubled_scale(signs)))
+    words = [w for e in range(2) for w in table.halves(codes, signs, 2 * (turn & 1) + e)]
+    return [lo.half_mul(w, scale) for w in words]
+
+
+def _q2_k(turn: int, read: Read, scalars: list[Array], t: Array, table: None) -> list[Array]:
+    codes = read(0, 0, 4)
+    (scale,) = read(1, turn >> 1, 1)
+    scale = scale >> (16 * (turn & 1) + 8 * (t & 1)).astype(jnp.uint32)
+    # bits 8 and 9 of a float16 that is otherwise 0 are 2^-16 a unit
+    factor = _both(scalars[0] * np.float32(2.0 ** (16 - 2)) * _small(scale & np.uint32(15)))
+    least = _both(scalars[1] * np.float32(-(2.0**-2)) * _small(scale >> np.uint32(4) & np.uint32(15)))
+    out = []
+    for word in codes:
+        even, odd = word << np.uint32(8 - 2 * turn), word >> np.uint32(2 * turn)
+        out += [lo.half_fma(w & np.uint32(0x03000300), factor, least) for w in (even, odd)]
+    return out
+
+
+def _q8_0(turn: int, read: Read, scalars: list[Array], t: Array, table: None) -> list[Array]:
+    (scale,) = read(4, 0, 1)
+    scale = lo.pick(scale, scale, 0x3232 if turn >> 1 else 0x1010)
+    scale = lo.half_mul(scale, jnp.full(t.shape, 0x54005400, jnp.int32))  # 2^6
+    return [lo.half_mul(p, scale) for word in read(turn, 0, 4) for p in lo.halves_of_bytes(word)]
+
+
+_t, _r, _i = np.ogrid[:4, :TURNS, :16]
+FORMATS = {
+    "IQ2_XXS": Format(
+        6, 32 * (2 * _t + (_r >> 1)) + 16 * (_r & 1) + _i,
+        (("codes", 8, lambda block, t: 8 * block + 2 * t), ("signs", 8, lambda block, t: 8 * block + 2 * t)),
+        ("d",), _iq2_xxs,
+    ),
+    # thread t has the t-th (chunk, half) of a block; of a word the bytes 0, 2, 1, 3
+    "Q2_K": Format(
+        -2, 16 * (8 * (_t >> 1) + 2 * _r + (_t & 1)) + 4 * (_i >> 2) + np.asarray([0, 2, 1, 3])[_i & 3],
+        (("codes", 16, lambda block, t: 16 * block + 4 * t), ("scales", 8, lambda block, t: 16 * block + 8 * (t >> 1))),
+        ("d", "dmin"), _q2_k,
+    ),
+    "Q8_0": Format(
+        6, 64 * _t + 16 * _r + _i,
+        (*(("codes", 16, lambda block, t, r=r: 256 * block + 64 * t + 16 * r) for r in range(TURNS)),
+         ("d", 4, lambda block, t: 8 * block + 2 * t)),
+        (), _q8_0,
+    ),
+}  # fmt: skip
+
+
+def _order(format: Format, K: int) -> np.ndarray:
+    """The column of x at each place of a row of activations, K for a zero: int32 [spans · 256]."""
+    columns = format.columns.reshape(4, TURNS, 4, 2, 2)  # thread, turn, product, word, element
+    columns = columns.transpose(1, 2, 3, 0, 4).reshape(-1)
+    order = SPAN * np.arange(-(-K // SPAN))[:, None] + columns
+    return np.where(order < K, order, K).reshape(-1).astype(np.int32)
+
+
+# ---- the loop --------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Codes:
+    """What comes of the codes of a thread's two rows to shared memory, `ahead` spans before they are wanted.
+
+    rows: for either the parts' refs and the row. last: the weights' last block; activations behind it are zeros.
+    base: int32 [threads] or None where interpreted, of `size` bytes.
+    """
+
+    format: Format
+    rows: list[tuple[dict[str, Any], Array]]
+    last: int
+    t: Array
+    ahead: int
+    base: Array | None
+
+    @staticmethod
+    def size(format: Format, threads: int, ahead: int) -> int:
+        return 2 * format.bytes * threads * (ahead + 1)
+
+    def _places(self) -> list[tuple[int, int, int]]:
+        """Of every row and piece: (row, piece, bytes of all threads' before it)."""
+        out, at = [], 0
+        for h in range(2):
+            for i, (_, size, _) in enumerate(self.format.pieces):
+                out.append((h, i, at))
+                at += size * self.t.shape[0]
+        return out
+
+    def _at(self, span: Array) -> dict[int, Array]:
+        """By a piece's bytes, where those of a span's first piece are."""
+        lane = jnp.arange(self.t.shape[0], dtype=jnp.int32)
+        slot = lax.rem(jnp.asarray(span, jnp.int32), np.int32(self.ahead + 1))
+        first = self.base + self.size(self.format, self.t.shape[0], 0) * slot
+        return {size: first + size * lane for size in {size for _, size, _ in self.format.pieces}}
+
+    def coming(self, span: Array, spans: Array) -> list[lo.Coming]:
+        """Those of a span, if there is such a span."""
+        if self.base is None:
+            return []
+        at, block, on = self._at(span), jnp.minimum(span, self.last), span < spans
+        out = []
+        for h, i, offset in self._places():
+            (refs, row), (name, size, place) = self.rows[h], self.format.pieces[i]
+            index = (row, jnp.broadcast_to(place(block, self.t), row.shape))
+            out.append(lo.Coming(at[size], offset, refs[name], index, size, on))
+        return out
+
+    def scalars(self, span: Array) -> list[Array]:
+        """Of both rows, float16 bits."""
+        block = jnp.broadcast_to(jnp.minimum(span, self.last), self.t.shape)
+        return [lo.load(refs[name], (row, block)) for refs, row in self.rows for name in self.format.scalars]
+
+    def words(self, span: Array, turn: int, scalars: list[Array], table: Any) -> list[Array]:
+        """16 words of both rows, as `lo.Panels.multiply` takes them."""
+        at = None if self.base is None else self._at(span)
+        offsets = {(h, i): offset for h, i, offset in self._places()}
+        each = len(self.format.scalars)
+
+        def read(h):
+            def words(i, first, n):
+                (refs, row), (name, size, place) = self.rows[h], self.format.pieces[i]
+                if at is None:
+                    return _plain_words(refs[name], row, place(jnp.minimum(span, self.last), self.t), first, n)
+                return lo.read_shared(at[size], offsets[h, i] + 4 * first, n)
+
+            return words
+
+        its = [
+            self.format.words(turn, read(h), [decode.half(s) for s in scalars[each * h :][:each]], self.t, table)
+            for h in range(2)
+        ]
+        return [its[h][2 * j + w] for j in range(4) for w in range(2) for h in range(2)]
+
+
+def _plain_words(ref: Any, row: Array, place: Array, first: int, n: int) -> list[Array]:
+    """Words first … first + n - 1 behind an entry of `row`, where kernels are interpreted."""
+    entries = 4 // ref.dtype.itemsize
+    index = jnp.broadcast_to(place, row.shape)[:, None] + jnp.arange(entries * first, entries * (first + n))
+    x = ref[row[:, None], index].reshape(*row.shape, n, entries)
+    words = lax.bitcast_convert_type(x if entries > 1 else x[..., 0], jnp.uint32)
+    return [words[:, i] for i in range(n)]
+
+
+def _products(codes: _Codes, panels: lo.Panels, table: Any, first: Array, spans: int) -> list[Array]:
+    """The two rows times `panels`, spans `first` … `first + spans - 1`: float32 [threads] as `Panels.multiply` has
+    them."""
+    pieces, turns = panels.pieces(), first * TURNS
+    end = first + spans
+    panels.begin()
+    for i in range(panels.AHEAD):
+        more = [c for j in range(codes.ahead) for c in codes.coming(first + j, end)] if i == 0 else []
+        panels.fetch(pieces, turns + i, jnp.bool_(True), more)
+    panels.done(turns)
+
+    def body(i, carry):
+        sums, scalars = carry
+        span = first + i
+        ahead = codes.scalars(span + 1)
+        for r in range(TURNS):
+            turn = TURNS * span + r
+            a = codes.words(span, r, scalars, table)
+            panels.wait(TURNS * i + r)
+            more = codes.coming(span + codes.ahead, end) if r == 0 else []
+            panels.fetch(pieces, turn + panels.AHEAD, turn + panels.AHEAD < TURNS * end, more)
+            sums = panels.multiply(turn, a, sums)
+            panels.done(turn + 1)
+        return sums, ahead
+
+    zero = jnp.zeros(codes.t.shape, jnp.float32)
+    return lax.fori_loop(0, spans, body, ([zero] * (panels.width // 2), codes.scalars(first)))[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Memory:
+    """Shared memory of a program: where panels and codes are."""
+
+    panels: Array | None
+    codes: Array | None
+
+    @classmethod
+    def of(cls, format: Format, warps: int, width: int, ahead: int) -> _Memory:
+        if lo.interpreting():
+            return cls(None, None)
+        for_panels, for_codes = lo.Panels.size(width), _Codes.size(format, 32 * warps, ahead)
+        base = lo.aligned(lo.given_at_launch(warps, for_panels + for_codes + lo.LINE))
+        return cls(base, base + for_panels)
+
+
+# ---- routed experts --------------------------------------------------------------------------------------------------
+
+
+def serves(format: str, K: int, dtype: Any) -> bool:
+    """Whether these kernels take weights of `format`, rows of K, and activations of `dtype`."""
+    return format in FORMATS and K % SPAN == 0 and np.dtype(dtype) == jnp.bfloat16 and lo.has_panels()
+
+
+def _grouped(
+    name: str, x: Array, stacks: list[Stack], ids: Array, more: list[Array], dtype: Any, tuning: lo.Tuning | None,
+    source: Callable[[Array], Array], finish: Callable[..., Array],
+) -> Array:  # fmt: skip
+    """Every assignment's products with its expert's rows of one or two `stacks`: [T·k, out] of `dtype`.
+
+    x: [rows, K]; an assignment n has row source(n). finish(numbers of `more` [threads], *products [threads]).
+    """
+    K, N, first = x.shape[1], ids.size, stacks[0]
+    experts, out = first.count, first.out
+    for stack in stacks:
+        if not serves(stack.format, K, x.dtype) or stack.format != first.format:
+            formats = " and ".join(stack.format for stack in stacks)
+            raise NotImplementedError(f"no warpgroups' products of {formats}, rows of {K}, with {x.dtype}")
+    tuning = tuning or tuned.warpgroups(first.format, out, K, N, experts)
+    format, W, M = FORMATS[first.format], tuning.warps, tuning.tokens
+    spans, of_warp = K // SPAN, lo.WARP_ROWS // len(stacks)
+    rows = of_warp * W
+    along = -(-out // rows)
+    words, undo = halves(x, _order(format, K), format.shift)
+    plan = schedule(ids, experts, M)
+    book = [] if first.codebook is None else [jnp.asarray(integers.table(first.codebook))]
+    packed = [p for stack in stacks for p in matvec.flat_parts(stack.parts)[1]]
+
+    def kernel(*refs):
+        refs, out_ref = list(refs[:-1]), refs[-1]
+        take = lambda n: [refs.pop(0) for _ in range(n)]  # noqa: E731
+        more_refs, (order_ref, expert_ref, start_ref, count_ref) = take(len(more)), take(4)
+        (words_ref, undo_ref), book_ref = take(2), take(len(book))
+        named = [dict(zip(stack.parts, take(len(stack.parts)), strict=True)) for stack in stacks]
+        threads, program = lo.Threads.of(W, tuning.registers), pl.program_id(0)
+        i, base = lax.div(program, np.int32(along)), lax.rem(program, np.int32(along)) * rows
+        expert, start, used = expert_ref[i], start_ref[i], count_ref[i]
+        row = base + of_warp * threads.warp + threads.g
+        at = [row + (8 * h if len(stacks) == 1 else 0) for h in range(2)]
+        both = [(named[h % len(stacks)], expert * out + jnp.minimum(r, out - 1)) for h, r in enumerate(at)]
+
+        memory = _Memory.of(format, W, M, tuning.ahead)
+        table = integers.Table.on_its_way(book_ref[0], W, COPIES)() if book else None
+
+        def run(width):
+            place = lambda n: lo.load(order_ref, (start + jnp.minimum(n, used - 1),))  # noqa: E731
+            codes = _Codes(format, both, spans - 1, threads.t, tuning.ahead, memory.codes)
+            panels = lo.Panels(words_ref, width, lambda n: source(place(n)), memory.panels, 32 * W)
+            sums = _products(codes, panels, table, jnp.int32(0), spans)
+            for c in range(width // 8):
+                for e in range(2):
+                    column = 8 * c + 2 * threads.t + e
+                    n = place(column)
+                    back = lo.load(undo_ref, (source(n),))
+                    numbers = [lo.load(ref, (n,)) for ref in more_refs]
+                    y = [sums[4 * c + 2 * h + e] * back for h in range(2)]
+                    for r, its in ((at[0], y),) if len(stacks) == 2 else zip(at, ([v] for v in y), strict=True):
+                        lo.store(out_ref, (n, r), finish(numbers, *its), mask=(column < used) & (r < out))
+
+        by_width(max(LEAST, M // 2), M, used, run)
+
+    return lo.call(
+        kernel, jax.ShapeDtypeStruct((N, out), dtype), *more, *plan, words, undo, *book, *packed,
+        grid=(len(plan.expert) * along,), tuning=tuning, name=f"warpgroups_{name}_{first.format.lower()}",
+    )  # fmt: skip
+
+
+def swiglu(
+    x: Array, gate: Stack, up: Stack, ids: Array, weights: Array, limit: float, tuning: lo.Tuning | None = None
+) -> Array:
+    """`quant.expert_swiglu` for many tokens: bfloat16 x[T, D], ids and weights [T, k] → h[T, k, F]."""
+    k = ids.shape[1]
+
+    def finish(numbers, gate, up):
+        return activation(gate, up, numbers[0], limit)
+
+    h = _grouped("swiglu", x, [gate, up], ids, [weights.reshape(-1)], x.dtype, tuning, lambda n: n // k, finish)
+    return h.reshape(*ids.shape, gate.out)
+
+
+def down(h: Array, stack: Stack, ids: Array, tuning: lo.Tuning | None = None) -> Array:
+    """`quant.expert_down` for many tokens: bfloat16 h[T, k, F], ids[T, k] → y[T, D]."""
+    T, k, F = h.shape
+    # in h's dtype: of thousands of tokens these rows are gigabytes, and float32 would be twice as many
+    y = _grouped("down", h.reshape(T * k, F), [stack], ids, [], h.dtype, tuning, lambda n: n, lambda _, y: y)
+    return combine(y, T, h.dtype)
