@@ -180,11 +180,29 @@ def schedule(ids: Array, experts: int, M: int) -> Schedule:
 
 def schedule_plain(ids: Array, experts: int, M: int) -> Schedule:
     """`schedule` in plain JAX, some 14 launches."""
+    return _plain(ids, experts, M, 1)
+
+
+def schedule_apart(ids: Array, experts: int, M: int, apart: int) -> Schedule:
+    """`schedule` with every tile's first place a multiple of `apart`, which divides M: some places of `order` are not in
+    use."""
+    return _plain(ids, experts, M, apart)
+
+
+def _plain(ids: Array, experts: int, M: int, apart: int) -> Schedule:
     flat = ids.reshape(-1)
     N = flat.shape[0]
-    order = jnp.pad(jnp.argsort(flat).astype(jnp.int32), (0, M))
+    order = jnp.argsort(flat).astype(jnp.int32)
     counts = jnp.sum(flat[:, None] == np.arange(experts), axis=0, dtype=jnp.int32)
-    starts = jnp.cumsum(counts) - counts
+    room = -(-counts // apart) * apart
+    starts = jnp.cumsum(room) - room
+    if apart > 1:
+        place = np.arange(-(-N // apart) * apart + apart * min(experts, N) + M, dtype=np.int32)
+        its = jnp.minimum(jnp.sum(place[:, None] >= jnp.cumsum(room), axis=1, dtype=jnp.int32), experts - 1)
+        behind = place - (starts - (jnp.cumsum(counts) - counts))[its]
+        order = jnp.where(place < (starts + counts)[its], order[jnp.clip(behind, 0, N - 1)], 0)
+    else:
+        order = jnp.pad(order, (0, M))
     tiles = -(-counts // M)
     ends = jnp.cumsum(tiles)
     tile = np.arange(_tiles(N, experts, M), dtype=np.int32)

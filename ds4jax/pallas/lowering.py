@@ -729,6 +729,11 @@ def let_come(pieces: Sequence[Coming]) -> None:
     ordered(f"{{ .reg .pred p; {code} cp.async.commit_group; mov.b32 $0, 0; }}", args)
 
 
+def arrived(but: int, like: Array) -> None:
+    """Wait for what the thread let come, but for the last `but` groups. like: int32 [threads]."""
+    ordered(f"cp.async.wait_group {but}; mov.b32 $0, 0;", [like])
+
+
 PIECE = 16  # bytes
 
 
@@ -787,9 +792,14 @@ def read_shared(at: Array, offset: int, words: int) -> list[Array]:
     return [_bits(w, jnp.uint32) for w in ordered(code, [at], words)]
 
 
-PANEL = 64  # columns of a panel
-_CHUNK = 8  # columns that a thread lets come at once, 16 bytes
-_MATRIX = 128  # bytes of eight rows of a chunk
+PANEL = 64  # columns of a panel: of float16, a line of the caches
+_GROUP = 8  # rows whose lines wgmma reads together, 16 bytes of each
+
+
+def panel_word(row: Array, word: Array) -> Array:
+    """Where in its line of a panel a row's word (0 … 31, of two columns) stands: chunks of 16 bytes in the order in which
+    eight rows' are found in different banks (PTX ISA, "128-Byte swizzling mode")."""
+    return word ^ ((row & (_GROUP - 1)) << 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -797,110 +807,142 @@ class Panels:
     """Rows of float16, of which all of a program's warps multiply 64 columns a turn, a panel, with weights that each
     thread decodes: Hopper's `wgmma` reads the panel from shared memory, and the weights from registers.
 
-    Panels come `AHEAD` turns before they are wanted. A turn is `wait`, `fetch` of the turn `AHEAD` later, `multiply`,
-    and `done`; before the first there are `begin`, fetches of turns 0 … AHEAD - 1, and `done`.
+    The first warp lets panels come (`cp.async.bulk`), two turns before they are wanted. A turn is `wait`, `multiply` by
+    its first half, `done` and `fetch`, and `multiply` by its second. Before the first turn there is `prepare`, after the
+    last `settle`.
 
-    ref: int32 [rows, 32 · panels], words of two float16. width: how many rows, 8 to 256. row: int32 [threads] → int32
-    [threads], the row of `ref` that is row n of the panels. base: int32 [threads], of `size` bytes of
-    `given_at_launch`, or None where kernels are interpreted.
+    ref: int32 [panels, rows, 32], words of two float16, as `panel_word` has them. first, width: which rows, 8 to 256, a
+    multiple of 8 from a multiple of 8 on. begin, turns: the first panel, and how many. base: int32 [threads], a multiple
+    of 1,024, of `size` bytes of shared memory, or None where kernels are interpreted.
     """
 
     ref: Any
+    first: Array
     width: int
-    row: Callable[[Array], Array]
+    begin: Array
+    turns: int
     base: Array | None
     threads: int
 
-    AHEAD = 3
+    SLOTS = 4  # for panels: of two turns to come, of this one, and of the one before, with which not all warps are done
 
     @classmethod
     def size(cls, width: int) -> int:
-        return _MATRIX + (cls.AHEAD + 1) * 2 * PANEL * width
+        return cls.SLOTS * LINE * width + 16 * cls.SLOTS
 
-    def _panel(self, turn: Array) -> Array:
-        place = lax.rem(jnp.asarray(turn, jnp.int32), np.int32(self.AHEAD + 1))
-        return self.base + (_MATRIX + 2 * PANEL * self.width * place)
+    def _slot(self, turn: Array) -> Array:
+        return lax.rem(jnp.asarray(turn, jnp.int32), np.int32(self.SLOTS))
 
-    def begin(self) -> None:
+    def _barriers(self, turn: Array) -> Array:
+        """Where the barrier is that says that a turn's panel is there; 8 bytes behind it, that nobody needs it more."""
+        return self.base + (self.SLOTS * LINE * self.width + 16 * self._slot(turn))
+
+    def prepare(self) -> None:
         if interpreting():
             return
+        init = "".join(
+            f"@p mbarrier.init.shared::cta.b64 [$1 + {16 * i}], 1;"
+            f"@p mbarrier.init.shared::cta.b64 [$1 + {16 * i + 8}], {self.threads // 32};"
+            for i in range(self.SLOTS)
+        )
+        code = f"""{{ .reg .b32 t; .reg .pred p; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; {init}
+            fence.proxy.async.shared::cta; bar.sync 0; mov.b32 $0, 0; }}"""
+        ordered(code, [self._barriers(jnp.int32(0))])
+        for turn in range(min(self.turns, self.SLOTS)):
+            self._let_come(jnp.int32(turn), jnp.bool_(True), False)
+
+    def _let_come(self, turn: Array, on: Array, again: bool) -> None:
+        """again: whether the slot was in use `SLOTS` turns before."""
+        free = "again: mbarrier.try_wait.parity.shared::cta.b64 p, [$2 + 8], $5; @p bra there; bra again; there:"
         code = f"""{{ .reg .b32 t; .reg .pred p; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0;
-            @p mbarrier.init.shared::cta.b64 [$1], {self.threads // 32}; bar.sync 0; mov.b32 $0, 0; }}"""
-        ordered(code, [self.base])
+            setp.ne.and.b32 p, $4, 0, p; @!p bra out; {free if again else ""}
+            mbarrier.arrive.expect_tx.shared::cta.b64 _, [$2], {LINE * self.width};
+            cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$1], [$3], {LINE * self.width}, [$2];
+            out: mov.b32 $0, 0; }}"""
+        slot, same = self._slot(turn), jnp.zeros((self.threads,), jnp.int32)
+        # the phase that ends when nobody needs what was in the slot
+        phase = (lax.div(jnp.asarray(turn, jnp.int32), np.int32(self.SLOTS)) - 1) & 1
+        panel = jnp.minimum(self.begin + turn, self.ref.shape[0] - 1)
+        ordered(code, [
+            self.base + LINE * self.width * slot, self._barriers(turn),
+            addresses(self.ref, (panel + same, self.first + same, same)), on.astype(jnp.int32) + same, phase + same,
+        ])  # fmt: skip
 
-    def pieces(self) -> list[tuple[Array, Array, Array, Array | None]]:
-        """What a thread lets come of every panel: rows of `ref`, first words, places behind the panel's beginning, and
-        whether at all. Eight threads have eight neighbouring rows, and a warp four chunks."""
-        lane = jnp.arange(self.threads, dtype=jnp.int32)
-        out, of_row = [], PANEL // _CHUNK
-        for first in range(0, self.width * of_row, self.threads):
-            task = (first + lane) >> 5
-            chunk, group = 4 * (task & 1) + (lane >> 3 & 3), task >> 1
-            on = None if first + self.threads <= self.width * of_row else group < self.width // 8
-            row = self.row(jnp.minimum(8 * group + (lane & 7), self.width - 1))
-            out.append((row, 4 * chunk, _MATRIX * (of_row * group + chunk) + 16 * (lane & 7), on))
-        return out
-
-    def fetch(self, pieces: Sequence[Any], turn: Array, on: Array, more: Sequence[Coming] = ()) -> None:
-        """Let a turn's panel come, if `on`, and `more`; `pieces` of `pieces`."""
-        if interpreting():
+    def fetch(self, turn: Array) -> None:
+        """After `done` of a turn: let the panel come that takes the place of the turn before the one before."""
+        if interpreting() or self.turns <= self.SLOTS:
             return
-        panel = self._panel(turn)
-        coming = [
-            Coming(panel + at, 0, self.ref, (row, PANEL // 2 * turn + word), PIECE, on if mask is None else on & mask)
-            for row, word, at, mask in pieces
-        ]
-        let_come([*coming, *more])
+        later = turn + (self.SLOTS - 2)
+        self._let_come(later, (later >= self.SLOTS) & (later < self.turns), True)
 
     def done(self, turn: Array) -> None:
-        """The thread's part of a turn's panel is there, and the products of the turn before are."""
+        """After the first `multiply` of a turn: the warp's products of the turn before are done."""
         if interpreting():
             return
-        code = f"""{{ .reg .b32 t; .reg .pred p; cp.async.wait_group {self.AHEAD - 1}; fence.proxy.async.shared::cta;
-            mov.u32 t, %tid.x; and.b32 t, t, 31; setp.eq.u32 p, t, 0; bar.warp.sync -1;
-            @p mbarrier.arrive.shared::cta.b64 _, [$1]; mov.b32 $0, 0; }}"""
-        ordered(code, [self.base])
+        code = """{ .reg .b32 t; .reg .pred p; mov.u32 t, %tid.x; and.b32 t, t, 31; setp.eq.u32 p, t, 0;
+            setp.gt.and.s32 p, $2, 0, p; @p mbarrier.arrive.shared::cta.b64 _, [$1 + 8]; mov.b32 $0, 0; }"""
+        turn = jnp.asarray(turn, jnp.int32)
+        ordered(code, [self._barriers(turn + (self.SLOTS - 1)), turn + jnp.zeros((self.threads,), jnp.int32)])
 
     def wait(self, turn: Array) -> None:
-        """For all threads' `done` of a turn."""
+        """For a turn's panel."""
         if interpreting():
             return
-        code = """{ .reg .pred p; .reg .b32 n; and.b32 n, $2, 1;
-            again: mbarrier.try_wait.parity.shared::cta.b64 p, [$1], n; @p bra there; bra again; there:
+        phase = lax.div(jnp.asarray(turn, jnp.int32), np.int32(self.SLOTS)) & 1
+        code = """{ .reg .pred p;
+            again: mbarrier.try_wait.parity.shared::cta.b64 p, [$1], $2; @p bra there; bra again; there:
             mov.b32 $0, 0; }"""
-        ordered(code, [self.base, jnp.broadcast_to(turn, self.base.shape)])
+        ordered(code, [self._barriers(turn), phase + jnp.zeros((self.threads,), jnp.int32)])
 
-    def multiply(self, turn: Array, a: Sequence[Array], sums: list[Array]) -> list[Array]:
-        """sums + a · panelᵀ: float32 [threads], width/2 of them.
+    def multiply(
+        self, turn: Array, half: int, a: Sequence[Array], scales: Sequence[Array], offsets: Sequence[Array],
+        sums: list[Array],
+    ) -> list[Array]:  # fmt: skip
+        """sums + (a · scales + offsets) · (half of a panel)ᵀ, float32 [threads], width/2 of them, when the products of
+        the last call are done; those of this call are under way, so the result is for this and for `settle` alone.
 
-        a: 16 words of two float16, four each for 16 columns as in `warp_product` (its rows are those of a warp, 64 of
-        four warps). Results: four for each 8 rows of the panel, as there.
+        a: 8 words of two float16, four each for 16 columns as in `warp_product` (its rows are those of a warp, 64 of
+        four warps). scales, offsets: a pair of float16 for row g and for row g + 8; offsets may be empty. Results: four
+        for each 8 rows of the panel, as there.
+
+        (The last step of decoding is here because an assembler lets products overlap with what comes after them only if
+        that does not write to the registers of other products' weights.)
         """
         if interpreting():
-            rows = self.row(jnp.arange(self.width, dtype=jnp.int32))
-            columns = PANEL // 2 * turn + jnp.arange(PANEL // 2, dtype=jnp.int32)
-            right = jnp.stack(_half_floats(self.ref[rows[:, None], columns]), axis=-1).reshape(self.width, PANEL)
-            for i in range(0, PANEL, 16):
-                # of 8 columns, a thread's two words
-                b = right[:, i : i + 16].reshape(self.width // 8, 8, 16)
-                left = _left(a[i // 4 : i // 4 + 4])
-                y = jnp.einsum("wrk,nck->wnrc", left, b, precision=lax.Precision.HIGHEST)
-                y = y.reshape(len(left), self.width // 8, 2, 8, 4, 2)
-                sums = [
-                    old + y[:, n // 4, n % 4 // 2, :, :, n % 2].reshape(old.shape) for n, old in enumerate(sums)
-                ]  # fmt: skip
-            return sums
+            a = [half_fma(w, scales[i % 2], offsets[i % 2]) if offsets else half_mul(w, scales[i % 2])
+                 for i, w in enumerate(a)]  # fmt: skip
+            rows = self.first + jnp.arange(self.width, dtype=jnp.int32)[:, None]
+            words = PANEL // 4 * half + jnp.arange(PANEL // 4, dtype=jnp.int32)
+            right = jnp.stack(_half_floats(self.ref[self.begin + turn, rows, panel_word(rows, words)]), axis=-1)
+            right = right.reshape(self.width // 8, 8, PANEL // 2)
+            left = jnp.concatenate([_left(a[:4]), _left(a[4:])], axis=2)
+            y = jnp.einsum("wrk,nck->wnrc", left, right, precision=lax.Precision.HIGHEST)
+            y = y.reshape(len(left), self.width // 8, 2, 8, 4, 2)
+            return [old + y[:, n // 4, n % 4 // 2, :, :, n % 2].reshape(old.shape) for n, old in enumerate(sums)]
         n = len(sums)
-        out = ", ".join(f"${i}" for i in range(n))
-        code = "{ .reg .b32 a; .reg .b64 d; .reg .pred p; setp.eq.u32 p, 0, 0; wgmma.fence.sync.aligned;"
-        code += f"shr.u32 a, ${2 * n + 16}, 4; and.b32 a, a, 16383; or.b32 a, a, {_MATRIX >> 4 << 16};"
-        for i in range(4):
-            its = ", ".join(f"${2 * n + 4 * i + j}" for j in range(4))
-            code += f"mov.b64 d, {{a, {PANEL // _CHUNK * _MATRIX >> 4}}}; add.u32 a, a, {2 * _MATRIX >> 4};"
-            code += f"wgmma.mma_async.sync.aligned.m64n{self.width}k16.f32.f16.f16 {{{out}}}, {{{its}}}, d, p, 1, 1, 0;"
-        code += "wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0; }"
-        args = [*(_bits(s) for s in sums), *(_bits(x) for x in a), self._panel(turn)]
+        at = self.base + (LINE * self.width * self._slot(turn) + LINE // 2 * half)
+        args = [*map(_bits, [*sums, *a, *scales, *offsets]), at]
+        out, its = ", ".join(f"${i}" for i in range(n)), [f"${n + i}" for i in range(n, len(args))]
+        code = "{ .reg .b32 a; .reg .b32 w<8>; .reg .b64 d; .reg .pred p; setp.eq.u32 p, 0, 0;"
+        code += "wgmma.wait_group.sync.aligned 0;"
+        for i in range(8):
+            kind, plus = ("fma", f", {its[10 + i % 2]}") if offsets else ("mul", "")
+            code += f"{kind}.rn.f16x2 w{i}, {its[i]}, {its[8 + i % 2]}{plus};"
+        # the matrix's descriptor: its address, 1,024 bytes from eight rows to the next, swizzled by 128
+        code += f"shr.u32 a, {its[-1]}, 4; and.b32 a, a, 16383; or.b32 a, a, {1 << 16}; wgmma.fence.sync.aligned;"
+        for i in range(2):
+            four = ", ".join(f"w{4 * i + j}" for j in range(4))
+            code += f"mov.b64 d, {{a, {_GROUP * LINE >> 4 | 1 << 30}}}; add.u32 a, a, 2;"
+            code += f"wgmma.mma_async.sync.aligned.m64n{self.width}k16.f32.f16.f16 {{{out}}}, {{{four}}}, d, p, 1, 1, 0;"
+        code += "wgmma.commit_group.sync.aligned; }"
         return [_bits(s, jnp.float32) for s in ordered(code, args, n, tied=True)]
+
+    def settle(self, sums: list[Array]) -> list[Array]:
+        """sums, when all products are done."""
+        if interpreting():
+            return sums
+        code = "wgmma.wait_group.sync.aligned 0;"
+        return [_bits(s, jnp.float32) for s in ordered(code, [_bits(s) for s in sums], len(sums), tied=True)]
 
 
 def has_panels() -> bool:
@@ -926,9 +968,9 @@ def given_at_launch(warps: int, size: int) -> Array:
     return instructions(code, [jnp.full((32 * warps,), RESERVED, jnp.int32)], [jnp.int32], lambda *_: ())[0]
 
 
-def aligned(address: Array) -> Array:
-    """The first place from `address` on that is a multiple of `LINE` bytes."""
-    return (address + (LINE - 1)) & ~np.int32(LINE - 1)
+def aligned(address: Array, to: int) -> Array:
+    """The first place from `address` on that is a multiple of `to`, a power of two."""
+    return (address + (to - 1)) & ~np.int32(to - 1)
 
 
 @functools.cache

@@ -26,7 +26,7 @@ from jax.experimental import pallas as pl
 
 from ds4jax.pallas import decode, integers, matvec, tuned
 from ds4jax.pallas import lowering as lo
-from ds4jax.pallas.experts import Stack, activation, by_width, combine, schedule
+from ds4jax.pallas.experts import Stack, activation, by_width, combine, schedule_apart
 from ds4jax.pallas.fragments import halves
 
 Array = jax.Array
@@ -35,6 +35,8 @@ SPAN = 256  # elements
 TURNS = SPAN // lo.PANEL
 LEAST, MOST = 8, 128  # rows of activations that are multiplied at once
 COPIES = 32  # of a codebook's table
+ALIGNED = 1024  # bytes, of panels in shared memory
+APART = 8  # a tile's first row is a multiple of it
 
 
 # ---- formats ---------------------------------------------------------------------------------------------------------
@@ -50,15 +52,16 @@ class Format:
     which `words` has them. pieces: part, bytes, and first entry by (block, t), of what comes ahead. scalars: parts of
     which a block has one entry, float16.
 
-    words(turn, read, scalars, t, table): the turn's 16 elements as 8 words of two float16. read(i, first, n): words
-    first … first + n - 1 of the i-th piece.
+    words(turn, read, scalars, t, table): a function that gives the first and the last 8 of the turn's 16 elements, 4
+    words of two float16; and a scale and an offset (or None), pairs of float16 in a word: elements times the one plus the
+    other are the weights. read(i, first, n): words first … first + n - 1 of the i-th piece.
     """
 
     shift: int
     columns: np.ndarray
     pieces: tuple[tuple[str, int, Callable[[Array, Array], Array]], ...]
     scalars: tuple[str, ...]
-    words: Callable[[int, Read, list[Array], Array, Any], list[Array]]
+    words: Callable[[int, Read, list[Array], Array, Any], tuple[Callable[[int], list[Array]], Array, Array | None]]
 
     @property
     def bytes(self) -> int:
@@ -74,32 +77,37 @@ def _small(x: Array) -> Array:
     return x.astype(jnp.int32).astype(jnp.float32)
 
 
-def _iq2_xxs(turn: int, read: Read, scalars: list[Array], t: Array, table: Any) -> list[Array]:
-    (codes,), (signs,) = (read(i, turn >> 1, 1) for i in range(2))
-    scale = _both(scalars[0] * np.float32(0.125 * 2.0**6) * _small(integers.doubled_scale(signs)))
-    words = [w for e in range(2) for w in table.halves(codes, signs, 2 * (turn & 1) + e)]
-    return [lo.half_mul(w, scale) for w in words]
+Words = tuple[Callable[[int], list[Array]], Array, Array | None]
 
 
-def _q2_k(turn: int, read: Read, scalars: list[Array], t: Array, table: None) -> list[Array]:
-    codes = read(0, 0, 4)
+def _iq2_xxs(turn: int, read: Read, scalars: list[Array], t: Array, table: Any) -> Words:
+    def words(half):
+        (codes,), (signs,) = (read(i, turn >> 1, 1) for i in range(2))
+        return table.halves(codes, signs, 2 * (turn & 1) + half)
+
+    (signs,) = read(1, turn >> 1, 1)
+    return words, _both(scalars[0] * np.float32(0.125 * 2.0**6) * _small(integers.doubled_scale(signs))), None
+
+
+def _q2_k(turn: int, read: Read, scalars: list[Array], t: Array, table: None) -> Words:
     (scale,) = read(1, turn >> 1, 1)
     scale = scale >> (16 * (turn & 1) + 8 * (t & 1)).astype(jnp.uint32)
     # bits 8 and 9 of a float16 that is otherwise 0 are 2^-16 a unit
     factor = _both(scalars[0] * np.float32(2.0 ** (16 - 2)) * _small(scale & np.uint32(15)))
     least = _both(scalars[1] * np.float32(-(2.0**-2)) * _small(scale >> np.uint32(4) & np.uint32(15)))
-    out = []
-    for word in codes:
-        even, odd = word << np.uint32(8 - 2 * turn), word >> np.uint32(2 * turn)
-        out += [lo.half_fma(w & np.uint32(0x03000300), factor, least) for w in (even, odd)]
-    return out
+
+    def words(half):
+        both = [(word << np.uint32(8 - 2 * turn), word >> np.uint32(2 * turn)) for word in read(0, 2 * half, 2)]
+        return [w & np.uint32(0x03000300) for its in both for w in its]
+
+    return words, factor, least
 
 
-def _q8_0(turn: int, read: Read, scalars: list[Array], t: Array, table: None) -> list[Array]:
+def _q8_0(turn: int, read: Read, scalars: list[Array], t: Array, table: None) -> Words:
     (scale,) = read(4, 0, 1)
     scale = lo.pick(scale, scale, 0x3232 if turn >> 1 else 0x1010)
     scale = lo.half_mul(scale, jnp.full(t.shape, 0x54005400, jnp.int32))  # 2^6
-    return [lo.half_mul(p, scale) for word in read(turn, 0, 4) for p in lo.halves_of_bytes(word)]
+    return lambda half: [p for word in read(turn, 2 * half, 2) for p in lo.halves_of_bytes(word)], scale, None
 
 
 _t, _r, _i = np.ogrid[:4, :TURNS, :16]
@@ -130,6 +138,18 @@ def _order(format: Format, K: int) -> np.ndarray:
     columns = columns.transpose(1, 2, 3, 0, 4).reshape(-1)
     order = SPAN * np.arange(-(-K // SPAN))[:, None] + columns
     return np.where(order < K, order, K).reshape(-1).astype(np.int32)
+
+
+def _panels(x: Array, format: Format, source: Array) -> tuple[Array, Array]:
+    """Rows `source` [N] of x [rows, K] as `lo.Panels` takes them, N a multiple of 8; and what undoes their scale."""
+    order, N = _order(format, x.shape[1]), source.shape[0]
+    line = lo.LINE // 4
+
+    def place(n, pair):
+        panel = lax.div(pair, np.int32(line))
+        return panel, n, lo.panel_word(n, lax.rem(pair, np.int32(line)))
+
+    return halves(x, order, format.shift, source, (len(order) // lo.PANEL, N, line), place)
 
 
 # ---- the loop --------------------------------------------------------------------------------------------------------
@@ -170,27 +190,35 @@ class _Codes:
         first = self.base + self.size(self.format, self.t.shape[0], 0) * slot
         return {size: first + size * lane for size in {size for _, size, _ in self.format.pieces}}
 
-    def coming(self, span: Array, spans: Array) -> list[lo.Coming]:
-        """Those of a span, if there is such a span."""
+    def fetch(self, span: Array, on: Array) -> None:
+        """Let a span's codes come, if `on`."""
         if self.base is None:
-            return []
-        at, block, on = self._at(span), jnp.minimum(span, self.last), span < spans
+            return
+        at, block = self._at(span), jnp.minimum(span, self.last)
         out = []
         for h, i, offset in self._places():
             (refs, row), (name, size, place) = self.rows[h], self.format.pieces[i]
             index = (row, jnp.broadcast_to(place(block, self.t), row.shape))
             out.append(lo.Coming(at[size], offset, refs[name], index, size, on))
-        return out
+        lo.let_come(out)
+
+    def wait(self) -> None:
+        """For the span's codes that were let come `ahead` spans ago."""
+        if self.base is not None:
+            lo.arrived(self.ahead - 1, self.base)
 
     def scalars(self, span: Array) -> list[Array]:
         """Of both rows, float16 bits."""
         block = jnp.broadcast_to(jnp.minimum(span, self.last), self.t.shape)
         return [lo.load(refs[name], (row, block)) for refs, row in self.rows for name in self.format.scalars]
 
-    def words(self, span: Array, turn: int, scalars: list[Array], table: Any) -> list[Array]:
-        """16 words of both rows, as `lo.Panels.multiply` takes them."""
+    def words(
+        self, span: Array, turn: int, scalars: list[Array], table: Any
+    ) -> Callable[[int], tuple[list[Array], list[Array], list[Array]]]:
+        """A function that gives of either half of a turn the words of both rows, their scales and offsets, as
+        `lo.Panels.multiply` takes them."""
         at = None if self.base is None else self._at(span)
-        offsets = {(h, i): offset for h, i, offset in self._places()}
+        behind = {(h, i): offset for h, i, offset in self._places()}
         each = len(self.format.scalars)
 
         def read(h):
@@ -198,7 +226,7 @@ class _Codes:
                 (refs, row), (name, size, place) = self.rows[h], self.format.pieces[i]
                 if at is None:
                     return _plain_words(refs[name], row, place(jnp.minimum(span, self.last), self.t), first, n)
-                return lo.read_shared(at[size], offsets[h, i] + 4 * first, n)
+                return lo.read_shared(at[size], behind[h, i] + 4 * first, n)
 
             return words
 
@@ -206,7 +234,14 @@ class _Codes:
             self.format.words(turn, read(h), [decode.half(s) for s in scalars[each * h :][:each]], self.t, table)
             for h in range(2)
         ]
-        return [its[h][2 * j + w] for j in range(4) for w in range(2) for h in range(2)]
+        words, scales, offsets = zip(*its, strict=True)
+        offsets = [o for o in offsets if o is not None]
+
+        def half(n):
+            four = [of_row(n) for of_row in words]
+            return [of_row[i] for i in range(4) for of_row in four], scales, offsets
+
+        return half
 
 
 def _plain_words(ref: Any, row: Array, place: Array, first: int, n: int) -> list[Array]:
@@ -221,30 +256,30 @@ def _plain_words(ref: Any, row: Array, place: Array, first: int, n: int) -> list
 def _products(codes: _Codes, panels: lo.Panels, table: Any, first: Array, spans: int) -> list[Array]:
     """The two rows times `panels`, spans `first` … `first + spans - 1`: float32 [threads] as `Panels.multiply` has
     them."""
-    pieces, turns = panels.pieces(), first * TURNS
-    end = first + spans
-    panels.begin()
-    for i in range(panels.AHEAD):
-        more = [c for j in range(codes.ahead) for c in codes.coming(first + j, end)] if i == 0 else []
-        panels.fetch(pieces, turns + i, jnp.bool_(True), more)
-    panels.done(turns)
+    panels.prepare()
+    for i in range(codes.ahead):
+        codes.fetch(first + i, jnp.bool_(i < spans))
 
     def body(i, carry):
         sums, scalars = carry
         span = first + i
-        ahead = codes.scalars(span + 1)
+        later = codes.scalars(span + 1)
+        codes.wait()
+        codes.fetch(span + codes.ahead, i + codes.ahead < spans)
         for r in range(TURNS):
-            turn = TURNS * span + r
-            a = codes.words(span, r, scalars, table)
-            panels.wait(TURNS * i + r)
-            more = codes.coming(span + codes.ahead, end) if r == 0 else []
-            panels.fetch(pieces, turn + panels.AHEAD, turn + panels.AHEAD < TURNS * end, more)
-            sums = panels.multiply(turn, a, sums)
-            panels.done(turn + 1)
-        return sums, ahead
+            turn = TURNS * i + r
+            halves = codes.words(span, r, scalars, table)
+            weights = halves(0)
+            panels.wait(turn)
+            sums = panels.multiply(turn, 0, *weights, sums)
+            panels.done(turn)
+            panels.fetch(turn)
+            sums = panels.multiply(turn, 1, *halves(1), sums)
+        return sums, later
 
-    zero = jnp.zeros(codes.t.shape, jnp.float32)
-    return lax.fori_loop(0, spans, body, ([zero] * (panels.width // 2), codes.scalars(first)))[0]
+    zeros = [jnp.zeros(codes.t.shape, jnp.float32)] * (panels.width // 2)
+    sums, _ = lax.fori_loop(0, spans, body, (zeros, codes.scalars(first)))
+    return panels.settle(sums)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,7 +294,7 @@ class _Memory:
         if lo.interpreting():
             return cls(None, None)
         for_panels, for_codes = lo.Panels.size(width), _Codes.size(format, 32 * warps, ahead)
-        base = lo.aligned(lo.given_at_launch(warps, for_panels + for_codes + lo.LINE))
+        base = lo.aligned(lo.given_at_launch(warps, for_panels + for_codes + ALIGNED), ALIGNED)
         return cls(base, base + for_panels)
 
 
@@ -290,8 +325,8 @@ def _grouped(
     spans, of_warp = K // SPAN, lo.WARP_ROWS // len(stacks)
     rows = of_warp * W
     along = -(-out // rows)
-    words, undo = halves(x, _order(format, K), format.shift)
-    plan = schedule(ids, experts, M)
+    plan = schedule_apart(ids, experts, M, APART)
+    words, undo = _panels(x, format, source(plan.order))
     book = [] if first.codebook is None else [jnp.asarray(integers.table(first.codebook))]
     packed = [p for stack in stacks for p in matvec.flat_parts(stack.parts)[1]]
 
@@ -312,15 +347,13 @@ def _grouped(
         table = integers.Table.on_its_way(book_ref[0], W, COPIES)() if book else None
 
         def run(width):
-            place = lambda n: lo.load(order_ref, (start + jnp.minimum(n, used - 1),))  # noqa: E731
             codes = _Codes(format, both, spans - 1, threads.t, tuning.ahead, memory.codes)
-            panels = lo.Panels(words_ref, width, lambda n: source(place(n)), memory.panels, 32 * W)
+            panels = lo.Panels(words_ref, start, width, jnp.int32(0), TURNS * spans, memory.panels, 32 * W)
             sums = _products(codes, panels, table, jnp.int32(0), spans)
             for c in range(width // 8):
                 for e in range(2):
                     column = 8 * c + 2 * threads.t + e
-                    n = place(column)
-                    back = lo.load(undo_ref, (source(n),))
+                    n, back = (lo.load(ref, (start + column,)) for ref in (order_ref, undo_ref))
                     numbers = [lo.load(ref, (n,)) for ref in more_refs]
                     y = [sums[4 * c + 2 * h + e] * back for h in range(2)]
                     for r, its in ((at[0], y),) if len(stacks) == 2 else zip(at, ([v] for v in y), strict=True):
