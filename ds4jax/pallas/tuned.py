@@ -124,6 +124,15 @@ def warpgroups(format: str, out: int, K: int, assignments: int, experts: int) ->
     return dataclasses.replace(t, tokens=min(t.tokens, max(16, power_of_two(mean))))
 
 
+def matrix_warpgroups(out: int, matrices: int, spans: int) -> Tuning:
+    """Of products by warpgroups with `matrices` of [out, spans · …]: enough programs to fill a device, by cutting the
+    input into parts."""
+    warps, parts = 16, 1
+    while -(-out // (16 * warps)) * matrices * parts < 100 and spans % (2 * parts) == 0 and spans // parts > 4:
+        parts *= 2
+    return Tuning(warps=warps, stages=1, parts=parts, ahead=1)
+
+
 def by_integers(format: str, tokens: int, assignments: int, experts: int) -> bool:
     """Whether experts go by integer tensor cores, where a format can."""
     if format == "Q2_K" and 1 < tokens <= 8:  # a row at a time, dp4a takes 28 µs of 4 tokens, these 33

@@ -5,8 +5,9 @@ Four warps multiply 64 rows of weights, which each thread decodes to the registe
 decoded weight is ever stored. Which thread holds which element is written down, and any order of the columns serves as
 long as both operands have the same: activations are written once in the order in which the threads decode (`halves`).
 
-A *span* is a block of 256 elements of a row, of which each of the four threads that share a row has a quarter; its codes
-come to shared memory a span ahead. A *turn* is a panel of 64 columns: sixteen elements of either of a thread's rows.
+A *span* is a block of 256 elements of a row (of Q8_0 128), of which each of the four threads that share a row has a
+quarter; its codes come to shared memory a span ahead. A *turn* is a panel of 64 columns: sixteen elements of either of a
+thread's rows.
 
 Both operands are float16, as in `fragments`. One loop serves one matrix and routed experts, whose assignments are sorted
 by expert and cut into tiles as in `matrix`.
@@ -31,8 +32,6 @@ from ds4jax.pallas.fragments import halves
 
 Array = jax.Array
 
-SPAN = 256  # elements
-TURNS = SPAN // lo.PANEL
 LEAST, MOST = 8, 128  # rows of activations that are multiplied at once
 COPIES = 32  # of a codebook's table
 ALIGNED = 1024  # bytes, of panels in shared memory
@@ -48,9 +47,9 @@ Read = Callable[[int, int, int], list[Array]]
 class Format:
     """How a thread reads its quarter of a span of a row.
 
-    shift: decoded weights are multiplied by 2^shift. columns: int [4 threads, TURNS, 16] of a span, in the order in
-    which `words` has them. pieces: part, bytes, and first entry by (block, t), of what comes ahead. scalars: parts of
-    which a block has one entry, float16.
+    shift: decoded weights are multiplied by 2^shift. columns: int [4 threads, turns, 16] of a span, in the order in
+    which `words` has them. pieces: part, bytes, and first entry by (span, t), of what comes ahead. scalars: part and
+    entry of what is loaded a span ahead, float16.
 
     words(turn, read, scalars, t, table): a function that gives the first and the last 8 of the turn's 16 elements, 4
     words of two float16; and a scale and an offset (or None), pairs of float16 in a word: elements times the one plus the
@@ -60,8 +59,18 @@ class Format:
     shift: int
     columns: np.ndarray
     pieces: tuple[tuple[str, int, Callable[[Array, Array], Array]], ...]
-    scalars: tuple[str, ...]
+    scalars: tuple[tuple[str, Callable[[Array, Array], Array]], ...]
     words: Callable[[int, Read, list[Array], Array, Any], tuple[Callable[[int], list[Array]], Array, Array | None]]
+
+    @property
+    def turns(self) -> int:
+        """Of a span."""
+        return self.columns.shape[1]
+
+    @property
+    def span(self) -> int:
+        """Elements."""
+        return lo.PANEL * self.turns
 
     @property
     def bytes(self) -> int:
@@ -104,40 +113,37 @@ def _q2_k(turn: int, read: Read, scalars: list[Array], t: Array, table: None) ->
 
 
 def _q8_0(turn: int, read: Read, scalars: list[Array], t: Array, table: None) -> Words:
-    (scale,) = read(4, 0, 1)
-    scale = lo.pick(scale, scale, 0x3232 if turn >> 1 else 0x1010)
-    scale = lo.half_mul(scale, jnp.full(t.shape, 0x54005400, jnp.int32))  # 2^6
+    scale = _both(scalars[turn] * np.float32(2.0**6))
     return lambda half: [p for word in read(turn, 2 * half, 2) for p in lo.halves_of_bytes(word)], scale, None
 
 
-_t, _r, _i = np.ogrid[:4, :TURNS, :16]
+_t, _r, _i = np.ogrid[:4, :4, :16]
+_block = lambda block, t: block  # noqa: E731
 FORMATS = {
     "IQ2_XXS": Format(
         6, 32 * (2 * _t + (_r >> 1)) + 16 * (_r & 1) + _i,
         (("codes", 8, lambda block, t: 8 * block + 2 * t), ("signs", 8, lambda block, t: 8 * block + 2 * t)),
-        ("d",), _iq2_xxs,
+        (("d", _block),), _iq2_xxs,
     ),
     # thread t has the t-th (chunk, half) of a block; of a word the bytes 0, 2, 1, 3
     "Q2_K": Format(
         -2, 16 * (8 * (_t >> 1) + 2 * _r + (_t & 1)) + 4 * (_i >> 2) + np.asarray([0, 2, 1, 3])[_i & 3],
         (("codes", 16, lambda block, t: 16 * block + 4 * t), ("scales", 8, lambda block, t: 16 * block + 8 * (t >> 1))),
-        ("d", "dmin"), _q2_k,
+        (("d", _block), ("dmin", _block)), _q2_k,
     ),
     "Q8_0": Format(
-        6, 64 * _t + 16 * _r + _i,
-        (*(("codes", 16, lambda block, t, r=r: 256 * block + 64 * t + 16 * r) for r in range(TURNS)),
-         ("d", 4, lambda block, t: 8 * block + 2 * t)),
-        (), _q8_0,
+        6, 64 * _r[:, :2] + 16 * _t + _i,
+        tuple(("codes", 16, lambda span, t, r=r: 128 * span + 64 * r + 16 * t) for r in range(2)),
+        tuple(("d", lambda span, t, r=r: 4 * span + 2 * r + (t >> 1)) for r in range(2)), _q8_0,
     ),
 }  # fmt: skip
 
 
 def _order(format: Format, K: int) -> np.ndarray:
-    """The column of x at each place of a row of activations, K for a zero: int32 [spans · 256]."""
-    columns = format.columns.reshape(4, TURNS, 4, 2, 2)  # thread, turn, product, word, element
+    """The column of x at each place of a row of activations: int32 [K]."""
+    columns = format.columns.reshape(4, -1, 4, 2, 2)  # thread, turn, product, word, element
     columns = columns.transpose(1, 2, 3, 0, 4).reshape(-1)
-    order = SPAN * np.arange(-(-K // SPAN))[:, None] + columns
-    return np.where(order < K, order, K).reshape(-1).astype(np.int32)
+    return (format.span * np.arange(K // format.span)[:, None] + columns).reshape(-1).astype(np.int32)
 
 
 def _panels(x: Array, format: Format, source: Array) -> tuple[Array, Array]:
@@ -159,8 +165,8 @@ def _panels(x: Array, format: Format, source: Array) -> tuple[Array, Array]:
 class _Codes:
     """What comes of the codes of a thread's two rows to shared memory, `ahead` spans before they are wanted.
 
-    rows: for either the parts' refs and the row. last: the weights' last block; activations behind it are zeros.
-    base: int32 [threads] or None where interpreted, of `size` bytes.
+    rows: for either the parts' refs and the row. last: the weights' last span. base: int32 [threads] or None where
+    interpreted, of `size` bytes.
     """
 
     format: Format
@@ -194,11 +200,11 @@ class _Codes:
         """Let a span's codes come, if `on`."""
         if self.base is None:
             return
-        at, block = self._at(span), jnp.minimum(span, self.last)
+        at, here = self._at(span), jnp.minimum(span, self.last)
         out = []
         for h, i, offset in self._places():
             (refs, row), (name, size, place) = self.rows[h], self.format.pieces[i]
-            index = (row, jnp.broadcast_to(place(block, self.t), row.shape))
+            index = (row, jnp.broadcast_to(place(here, self.t), row.shape))
             out.append(lo.Coming(at[size], offset, refs[name], index, size, on))
         lo.let_come(out)
 
@@ -209,8 +215,8 @@ class _Codes:
 
     def scalars(self, span: Array) -> list[Array]:
         """Of both rows, float16 bits."""
-        block = jnp.broadcast_to(jnp.minimum(span, self.last), self.t.shape)
-        return [lo.load(refs[name], (row, block)) for refs, row in self.rows for name in self.format.scalars]
+        here = jnp.broadcast_to(jnp.minimum(span, self.last), self.t.shape)
+        return [lo.load(refs[n], (row, at(here, self.t))) for refs, row in self.rows for n, at in self.format.scalars]
 
     def words(
         self, span: Array, turn: int, scalars: list[Array], table: Any
@@ -253,21 +259,27 @@ def _plain_words(ref: Any, row: Array, place: Array, first: int, n: int) -> list
     return [words[:, i] for i in range(n)]
 
 
-def _products(codes: _Codes, panels: lo.Panels, table: Any, first: Array, spans: int) -> list[Array]:
-    """The two rows times `panels`, spans `first` … `first + spans - 1`: float32 [threads] as `Panels.multiply` has
-    them."""
+def _products(
+    format: Format, rows: list[tuple[dict[str, Any], Array]], words_ref: Any, first: Array, width: int, begin: Array,
+    spans: int, last: int, threads: lo.Threads, memory: _Memory, table: Any, ahead: int,
+) -> list[Array]:  # fmt: skip
+    """The thread's two rows (refs of parts, and a row) times rows first … first + width - 1 of panels, spans `begin` …
+    `begin + spans - 1`: float32 [threads] as `Panels.multiply` has them."""
+    codes = _Codes(format, rows, last, threads.t, ahead, memory.codes)
+    turns = format.turns
+    panels = lo.Panels(words_ref, first, width, turns * begin, turns * spans, memory.panels, threads.t.shape[0])
     panels.prepare()
-    for i in range(codes.ahead):
-        codes.fetch(first + i, jnp.bool_(i < spans))
+    for i in range(ahead):
+        codes.fetch(begin + i, jnp.bool_(i < spans))
 
     def body(i, carry):
         sums, scalars = carry
-        span = first + i
+        span = begin + i
         later = codes.scalars(span + 1)
         codes.wait()
-        codes.fetch(span + codes.ahead, i + codes.ahead < spans)
-        for r in range(TURNS):
-            turn = TURNS * i + r
+        codes.fetch(span + ahead, i + ahead < spans)
+        for r in range(turns):
+            turn = turns * i + r
             halves = codes.words(span, r, scalars, table)
             weights = halves(0)
             panels.wait(turn)
@@ -277,8 +289,8 @@ def _products(codes: _Codes, panels: lo.Panels, table: Any, first: Array, spans:
             sums = panels.multiply(turn, 1, *halves(1), sums)
         return sums, later
 
-    zeros = [jnp.zeros(codes.t.shape, jnp.float32)] * (panels.width // 2)
-    sums, _ = lax.fori_loop(0, spans, body, (zeros, codes.scalars(first)))
+    zeros = [jnp.zeros(threads.t.shape, jnp.float32)] * (width // 2)
+    sums, _ = lax.fori_loop(0, spans, body, (zeros, codes.scalars(begin)))
     return panels.settle(sums)
 
 
@@ -298,12 +310,73 @@ class _Memory:
         return cls(base, base + for_panels)
 
 
-# ---- routed experts --------------------------------------------------------------------------------------------------
-
-
 def serves(format: str, K: int, dtype: Any) -> bool:
     """Whether these kernels take weights of `format`, rows of K, and activations of `dtype`."""
-    return format in FORMATS and K % SPAN == 0 and np.dtype(dtype) == jnp.bfloat16 and lo.has_panels()
+    its = FORMATS.get(format)
+    return its is not None and K % its.span == 0 and np.dtype(dtype) == jnp.bfloat16 and lo.has_panels()
+
+
+# ---- one matrix ------------------------------------------------------------------------------------------------------
+
+
+def matmul(
+    x: Array, parts: dict[str, Array], format: str, out_dtype: Any, codebook: np.ndarray | None = None,
+    tuning: lo.Tuning | None = None,
+) -> Array:  # fmt: skip
+    """`x[N, in] · w[out, in]ᵀ → [N, out]`, or `x[N, G, in] · w[G, out, in]ᵀ → [N, G, out]`; bfloat16 x.
+
+    Each row of x has a range of its own: what is below 2^-30 of its largest is lost. NotImplementedError where these
+    kernels do not serve the call.
+    """
+    stacked = x.ndim == 3
+    N, K = x.shape[0], x.shape[-1]
+    G, out = (x.shape[1] if stacked else 1), parts["codes"].shape[-2]
+    if not serves(format, K, x.dtype) or codebook is not None:
+        raise NotImplementedError(f"no warpgroups' products of {N} rows of {x.dtype} and {format}, rows of {K}")
+    its = FORMATS[format]
+    spans = K // its.span
+    tuning = tuning or tuned.matrix_warpgroups(out, G, spans)
+    W, cut = tuning.warps, tuning.parts
+    if spans % cut:
+        raise NotImplementedError(f"{spans} spans are not {cut} equal parts")
+    tiles = -(-N // MOST)
+    M = -(-N // (LEAST * tiles)) * LEAST
+    of_matrix, along = tiles * M, -(-out // (lo.WARP_ROWS * W))
+    source = np.arange(G)[:, None] + G * np.minimum(np.arange(of_matrix), N - 1)
+    words, undo = _panels(x.reshape(N * G, K), its, jnp.asarray(source.reshape(-1).astype(np.int32)))
+    stack = Stack(parts, format)
+
+    def kernel(words_ref, undo_ref, *refs):
+        refs, out_ref = dict(zip(parts, refs[:-1], strict=True)), refs[-1]
+        threads, program = lo.Threads.of(W, tuning.registers), pl.program_id(0)
+        base, tile = lax.rem(program, np.int32(along)), lax.div(program, np.int32(along))
+        tile, part = lax.rem(tile, np.int32(tiles)), lax.div(tile, np.int32(tiles))
+        part, g = lax.rem(part, np.int32(cut)), lax.div(part, np.int32(cut))
+        row = lo.WARP_ROWS * (base * W + threads.warp) + threads.g
+        rows = [(refs, g * out + jnp.minimum(row + 8 * h, out - 1)) for h in range(2)]
+        first = g * of_matrix + tile * M
+        sums = _products(
+            its, rows, words_ref, first, M, part * (spans // cut), spans // cut, spans - 1, threads,
+            _Memory.of(its, W, M, tuning.ahead), None, tuning.ahead,
+        )  # fmt: skip
+        for c in range(M // 8):
+            for e in range(2):
+                column = 8 * c + 2 * threads.t + e
+                back, n = lo.load(undo_ref, (first + column,)), tile * M + column
+                for h in range(2):
+                    inside = (n < N) & (row + 8 * h < out)
+                    lo.store(out_ref, ((part * N + n) * G + g, row + 8 * h), sums[4 * c + 2 * h + e] * back, mask=inside)
+
+    y = lo.call(
+        kernel, jax.ShapeDtypeStruct((cut * N * G, out), jnp.float32 if cut > 1 else out_dtype), words, undo,
+        *stack.arguments(), grid=(along * tiles * cut * G,), tuning=tuning, name=f"warpgroups_{format.lower()}",
+    )  # fmt: skip
+    if cut > 1:
+        y = jnp.sum(y.reshape(cut, N * G, out), axis=0).astype(out_dtype)
+    return y.reshape(N, G, out) if stacked else y
+
+
+# ---- routed experts --------------------------------------------------------------------------------------------------
 
 
 def _grouped(
@@ -322,7 +395,7 @@ def _grouped(
             raise NotImplementedError(f"no warpgroups' products of {formats}, rows of {K}, with {x.dtype}")
     tuning = tuning or tuned.warpgroups(first.format, out, K, N, experts)
     format, W, M = FORMATS[first.format], tuning.warps, tuning.tokens
-    spans, of_warp = K // SPAN, lo.WARP_ROWS // len(stacks)
+    spans, of_warp = K // format.span, lo.WARP_ROWS // len(stacks)
     rows = of_warp * W
     along = -(-out // rows)
     plan = schedule_apart(ids, experts, M, APART)
@@ -347,9 +420,10 @@ def _grouped(
         table = integers.Table.on_its_way(book_ref[0], W, COPIES)() if book else None
 
         def run(width):
-            codes = _Codes(format, both, spans - 1, threads.t, tuning.ahead, memory.codes)
-            panels = lo.Panels(words_ref, start, width, jnp.int32(0), TURNS * spans, memory.panels, 32 * W)
-            sums = _products(codes, panels, table, jnp.int32(0), spans)
+            sums = _products(
+                format, both, words_ref, start, width, jnp.int32(0), spans, spans - 1, threads, memory, table,
+                tuning.ahead,
+            )  # fmt: skip
             for c in range(width // 8):
                 for e in range(2):
                     column = 8 * c + 2 * threads.t + e
