@@ -84,7 +84,7 @@ def _check(tokens: int, width: int, *stacks: Stack) -> None:
 def activation(gate: Array, up: Array, weight: Any, limit: float) -> Array:
     """weight · silu(min(gate, limit)) · clip(up, ±limit), float32."""
     gate = jnp.minimum(gate, limit)
-    return weight * (gate / (1.0 + jnp.exp(-gate))) * jnp.minimum(jnp.maximum(up, -limit), limit)
+    return weight * (gate * lo.sigmoid(gate)) * jnp.minimum(jnp.maximum(up, -limit), limit)
 
 
 def combine(y: Array, T: int, dtype: Any) -> Array:

@@ -11,7 +11,6 @@ two has brought its row into range.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -61,53 +60,47 @@ def _pairs(run: decode.Run) -> list[tuple[Array, Array]]:
 # ---- activations -----------------------------------------------------------------------------------------------------
 
 
-def halves(
-    x: Array, order: np.ndarray, shift: int = SHIFT, source: Array | None = None, shape: tuple[int, ...] | None = None,
-    place: Callable[[Array, Array], tuple[Array, ...]] = lambda n, pair: (n, pair),
-) -> tuple[Array, Array]:  # fmt: skip
-    """Activations x [rows, K] with their columns in `order` (K: a zero), as kernels on tensor cores take them.
+def row_scale(largest: Array, shift: int) -> tuple[Array, Array]:
+    """For a row whose largest magnitude has the bits `largest`, int32: the power of two that brings it below 2^15, and
+    what undoes that and 2^shift, or NaN where the row holds NaN or infinity. float32."""
+    exponent = largest >> 23  # those of NaN and infinity are the largest of all
+    finite = exponent < 255
+    exponent = jnp.clip(exponent, 15, 254)
+    undo = (exponent - 14 - shift) << 23
+    undo = jnp.where(undo > 0, lax.bitcast_convert_type(undo, jnp.float32), 0.0)
+    return lax.bitcast_convert_type((268 - exponent) << 23, jnp.float32), jnp.where(finite, undo, jnp.nan)
+
+
+def halves(x: Array, order: np.ndarray) -> tuple[Array, Array]:
+    """Activations x [rows, K] with their columns in `order` (K: a zero), as these kernels take them.
 
     Returns words int32 [rows, len(order)/2] of two float16, times a power of two that brings the row's largest below
-    2^15; and float32 [rows], what undoes that and the weights' 2^shift: NaN for a row that holds NaN or infinity.
-
-    source: int32 [N], the row of x that is row n of the results, which then are N. shape, place: of the words, where they
-    are not one row after another, and where words `pair` of row n stand.
+    2^15; and float32 [rows], what undoes that and the weights' 2^SHIFT: NaN for a row that holds NaN or infinity.
     """
     (rows, K), pairs = x.shape, len(order) // 2
-    N = rows if source is None else source.shape[0]
     all_of_row, width = lo.power_of_two(K), min(4096, lo.power_of_two(pairs))
 
-    def kernel(x_ref, order_ref, *refs):
-        *source_ref, words_ref, scale_ref = refs
+    def kernel(x_ref, order_ref, words_ref, scale_ref):
         n = pl.program_id(0)
-        own = source_ref[0][n] if source_ref else n
         column = jnp.arange(all_of_row, dtype=jnp.int32)
-        row = lo.load(x_ref, (own, column), mask=column < K).astype(jnp.float32)
-        # of the largest number's bits the exponent; those of NaN and infinity are the largest of all
-        bits = lax.bitcast_convert_type(row, jnp.int32) & 0x7FFFFFFF
-        exponent = jnp.max(bits) >> 23
-        finite = exponent < 255
-        exponent = jnp.clip(exponent, 15, 254)
-        undo = (exponent - 14 - shift) << 23
-        undo = jnp.where(undo > 0, lax.bitcast_convert_type(undo, jnp.float32), 0.0)
-        lo.store(scale_ref, (n + jnp.zeros((1,), jnp.int32),), jnp.where(finite, undo, jnp.nan)[None])
-        factor = lax.bitcast_convert_type((268 - exponent) << 23, jnp.float32)
+        row = lo.load(x_ref, (n, column), mask=column < K).astype(jnp.float32)
+        factor, undo = row_scale(jnp.max(lax.bitcast_convert_type(row, jnp.int32) & 0x7FFFFFFF), SHIFT)
+        lo.store(scale_ref, (n + jnp.zeros((1,), jnp.int32),), undo[None])
 
         def body(i, carry):
             pair = i * width + jnp.arange(width, dtype=jnp.int32)
             both = []
             for e in range(2):
-                column = lo.load(order_ref, (2 * pair + e,), mask=pair < pairs)
-                both.append(lo.load(x_ref, (own, column), mask=column < K).astype(jnp.float32) * factor)
-            lo.store(words_ref, place(n, pair), lo.half_pair(*both), mask=pair < pairs)
+                source = lo.load(order_ref, (2 * pair + e,), mask=pair < pairs)
+                both.append(lo.load(x_ref, (n, source), mask=source < K).astype(jnp.float32) * factor)
+            lo.store(words_ref, (n, pair), lo.half_pair(*both), mask=pair < pairs)
             return carry
 
         lo.loop(-(-pairs // width), body, 0)
 
-    shapes = [jax.ShapeDtypeStruct(shape or (N, pairs), jnp.int32), jax.ShapeDtypeStruct((N,), jnp.float32)]
+    shapes = [jax.ShapeDtypeStruct((rows, pairs), jnp.int32), jax.ShapeDtypeStruct((rows,), jnp.float32)]
     tuning = lo.Tuning(warps=lo.warps_for(K), stages=1)
-    more = [] if source is None else [source]
-    return lo.call(kernel, shapes, x, jnp.asarray(order), *more, grid=(N,), tuning=tuning, name="halves")
+    return lo.call(kernel, shapes, x, jnp.asarray(order), grid=(rows,), tuning=tuning, name="halves")
 
 
 # ---- the product -----------------------------------------------------------------------------------------------------

@@ -188,7 +188,9 @@ class Table(NamedTuple):
         def twin(low, high):
             return [lo.pick(plus, minus, low), lo.pick(plus, minus, high)]
 
-        return self._look_up(codes, signs, e, [plus, minus], 2, "prmt.b32 $0, {0}, {1}, c; prmt.b32 $1, {0}, {1}, s;", twin)
+        return self._look_up(
+            codes, signs, e, [plus, minus], 2, "prmt.b32 $0, {0}, {1}, c; prmt.b32 $1, {0}, {1}, s;", twin
+        )
 
     def halves(self, codes: Array, signs: Array, e: int) -> list[Array]:
         """The same as four words of two float16."""
@@ -214,7 +216,9 @@ class Table(NamedTuple):
 
         def by_twin(codes, signs, *rest):
             e_ = e if isinstance(e, int) else rest[-1]
-            both = self.selectors.words[codes >> 8 * e_ & 255] | self.selectors.words[_ENTRIES + (signs >> 7 * e_ & 127)]
+            both = (
+                self.selectors.words[codes >> 8 * e_ & 255] | self.selectors.words[_ENTRIES + (signs >> 7 * e_ & 127)]
+            )
             return twin(both & 0xFFFF, both >> 16 & 0xFFFF)
 
         args, selector, shift, prepare = [codes, signs, self.selectors.base, *values], "", "", ""

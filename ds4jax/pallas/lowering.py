@@ -282,6 +282,18 @@ def early(ref: Any, index: tuple[Any, ...], words: int = 1) -> list[Array]:
     return out if ref.dtype.itemsize == 2 else [_bits(x, ref.dtype) for x in out]
 
 
+def raw_words(ref: Any, index: tuple[Any, ...], words: int) -> list[Array]:
+    """`words` words from `ref[index]` on, whatever the ref's numbers are: int32 [threads]. Aligned as `early`."""
+    if has_order():
+        outs = ", ".join(f"${i}" for i in range(words))
+        return ordered(f"ld.global.v{words}.b32 {{{outs}}}, [${words}];", [addresses(ref, index)], words)
+    each = 4 // ref.dtype.itemsize
+    index = (*(i[:, None] for i in index[:-1]), index[-1][:, None] + jnp.arange(each * words, dtype=jnp.int32))
+    x = load(ref, index).reshape(-1, words, each)
+    x = lax.bitcast_convert_type(x if each > 1 else x[..., 0], jnp.int32)
+    return [x[:, i] for i in range(words)]
+
+
 def meet_warp() -> None:
     """The threads of a warp meet; see `early`."""
     if has_order():
@@ -315,6 +327,16 @@ def store(ref: Any, index: tuple[Any, ...], value: Array, *, mask: Array | None 
         _triton().store(ref.at[index], value, mask=mask)
     else:
         pl.store(ref, index, value, mask=mask)
+
+
+def store4(ref: Any, index: tuple[Any, ...], words: Sequence[Array], mask: Array) -> None:
+    """Four words [threads] from `ref[index]` on, a multiple of 16 bytes, where `mask` is True."""
+    if not has_order():
+        for i, word in enumerate(words):
+            store(ref, (*index[:-1], index[-1] + i), word, mask=mask)
+        return
+    code = "{ .reg .pred p; setp.ne.b32 p, $6, 0; @p st.global.v4.b32 [$5], {$1, $2, $3, $4}; mov.b32 $0, 0; }"
+    ordered(code, [*(_bits(w) for w in words), addresses(ref, index), mask.astype(jnp.int32)])
 
 
 def loads_first() -> None:
@@ -383,6 +405,15 @@ def fma(a: Array, b: Array, c: Array) -> Array:
         return a * b + c
     out = _asm("fma.rn.f32 $0, $1, $2, $3;", [_bits(x) for x in (a, b, c)])
     return _bits(out, jnp.float32)
+
+
+def sigmoid(x: Array) -> Array:
+    """1 / (1 + e^-x), float32, within some 1e-6 of it: five instructions where a division alone takes ten."""
+    if interpreting():
+        return 1.0 / (1.0 + jnp.exp(-x))
+    code = """{ .reg .b32 e; mul.f32 e, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 e, e; add.f32 e, e, 0f3F800000;
+        rcp.approx.ftz.f32 $0, e; }"""
+    return _bits(_asm(code, [_bits(x)]), jnp.float32)
 
 
 def round_pairs(x: Array) -> Array:
@@ -457,6 +488,11 @@ def _half_floats(x: Array) -> tuple[Array, Array]:
     """Words → the float32 of their two halves; for interpret mode."""
     both = lax.bitcast_convert_type(_bits(x), jnp.float16).astype(jnp.float32)
     return both[..., 0], both[..., 1]
+
+
+def halves_of_word(x: Array) -> tuple[Array, Array]:
+    """A word of two bfloat16, the first in the low half: float32."""
+    return _bits(x << 16, jnp.float32), _bits(x & np.int32(-65536), jnp.float32)
 
 
 def half_pair(low: Array, high: Array) -> Array:
@@ -796,10 +832,10 @@ PANEL = 64  # columns of a panel: of float16, a line of the caches
 _GROUP = 8  # rows whose lines wgmma reads together, 16 bytes of each
 
 
-def panel_word(row: Array, word: Array) -> Array:
-    """Where in its line of a panel a row's word (0 … 31, of two columns) stands: chunks of 16 bytes in the order in which
-    eight rows' are found in different banks (PTX ISA, "128-Byte swizzling mode")."""
-    return word ^ ((row & (_GROUP - 1)) << 2)
+def panel_chunk(row: Array, chunk: Array) -> Array:
+    """Where in its line of a panel a row's chunk of 8 columns (0 … 7) stands: so that those of eight rows are found in
+    different banks (PTX ISA, "128-Byte swizzling mode")."""
+    return chunk ^ (row & (_GROUP - 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -811,7 +847,7 @@ class Panels:
     its first half, `done` and `fetch`, and `multiply` by its second. Before the first turn there is `prepare`, after the
     last `settle`.
 
-    ref: int32 [panels, rows, 32], words of two float16, as `panel_word` has them. first, width: which rows, 8 to 256, a
+    ref: int32 [panels, rows, 32], words of two float16, as `panel_chunk` has them. first, width: which rows, 8 to 256, a
     multiple of 8 from a multiple of 8 on. begin, turns: the first panel, and how many. base: int32 [threads], a multiple
     of 1,024, of `size` bytes of shared memory, or None where kernels are interpreted.
     """
@@ -913,7 +949,8 @@ class Panels:
                  for i, w in enumerate(a)]  # fmt: skip
             rows = self.first + jnp.arange(self.width, dtype=jnp.int32)[:, None]
             words = PANEL // 4 * half + jnp.arange(PANEL // 4, dtype=jnp.int32)
-            right = jnp.stack(_half_floats(self.ref[self.begin + turn, rows, panel_word(rows, words)]), axis=-1)
+            words = 4 * panel_chunk(rows, words >> 2) + (words & 3)
+            right = jnp.stack(_half_floats(self.ref[self.begin + turn, rows, words]), axis=-1)
             right = right.reshape(self.width // 8, 8, PANEL // 2)
             left = jnp.concatenate([_left(a[:4]), _left(a[4:])], axis=2)
             y = jnp.einsum("wrk,nck->wnrc", left, right, precision=lax.Precision.HIGHEST)
@@ -933,7 +970,9 @@ class Panels:
         for i in range(2):
             four = ", ".join(f"w{4 * i + j}" for j in range(4))
             code += f"mov.b64 d, {{a, {_GROUP * LINE >> 4 | 1 << 30}}}; add.u32 a, a, 2;"
-            code += f"wgmma.mma_async.sync.aligned.m64n{self.width}k16.f32.f16.f16 {{{out}}}, {{{four}}}, d, p, 1, 1, 0;"
+            code += (
+                f"wgmma.mma_async.sync.aligned.m64n{self.width}k16.f32.f16.f16 {{{out}}}, {{{four}}}, d, p, 1, 1, 0;"
+            )
         code += "wgmma.commit_group.sync.aligned; }"
         return [_bits(s, jnp.float32) for s in ordered(code, args, n, tied=True)]
 
@@ -951,6 +990,7 @@ def has_panels() -> bool:
 
 
 RESERVED = 4096  # bytes of the memory given at launch that a compiler may use for its own purposes
+GIVEN = (128 << 10) - RESERVED  # bytes that `given_at_launch` has at most, as it asks for a power of two
 SHARED = 48 << 10  # bytes of shared memory that a program may declare
 SUMS = 32 * 16  # bytes of it for a warp's part of `sum_over_parts`
 

@@ -35,8 +35,9 @@ _DEFAULT = {
 }
 _STEP = 128  # elements of a row that a tensor-core kernel decodes at a time
 
-# Rows of activations from which on a weight is expanded and multiplied by a plain product. Q8_0 on an H200: 48 µs of
-# 128 rows and 54 of 256, where decoding tile by tile takes 67 and 121 (32768 × 1024); up to 64 there is `fragments`.
+# Rows of activations from which on a weight is expanded and multiplied by a plain product. Q8_0 on an H200 (32768 ×
+# 1024): 46 µs of 128 rows and 54 of 256, where warpgroups take 33 and 61, and decoding tile by tile 67 and 121; without
+# warpgroups there is `fragments` up to 64.
 EXPAND_FROM, EXPAND_Q8_0_FROM = 129, 65
 # XLA expands these as fast or faster: a thread of the kernel stores too little side by side
 EXPANDED_BY_XLA = ("Q2_K", "Q3_K", "Q4_K", "Q5_K")
@@ -44,6 +45,10 @@ _EXPANDED = 4096  # elements that a program expands: of bytes, four stores of a 
 
 BYTES_UP_TO = 8  # assignments an expert, on average, up to which a batch's experts go by byte products
 INTEGERS_UP_TO = 24  # the same, of products on integer tensor cores
+# The same, where warpgroups take what is above. IQ2_XXS, gate and up, on an H200: 1.3 ms by either of 12 tokens an
+# expert; of 24, 2.6 and 1.4.
+INTEGERS_BEFORE_WARPGROUPS = 12
+WARPGROUPS_FROM = 33  # rows of activations with one matrix; up to 32 each thread loads its own (`fragments`)
 
 
 @functools.cache
@@ -104,9 +109,9 @@ def fragments(N: int, out: int, matrices: int, steps: int) -> Tuning:
     return Tuning(rows=rows, warps=4, stages=1, parts=parts)
 
 
-def expands(format: str, rows: int) -> bool:
-    """Whether a weight is expanded once for so many rows of activations."""
-    return rows >= (EXPAND_Q8_0_FROM if format == "Q8_0" else EXPAND_FROM)
+def expands(format: str, rows: int, warpgroups: bool) -> bool:
+    """Whether a weight is expanded once for so many rows of activations. warpgroups: whether these could multiply it."""
+    return rows >= (EXPAND_Q8_0_FROM if format == "Q8_0" and not warpgroups else EXPAND_FROM)
 
 
 def grouped(format: str, out: int, K: int, assignments: int, experts: int) -> Tuning:
@@ -118,26 +123,28 @@ def grouped(format: str, out: int, K: int, assignments: int, experts: int) -> Tu
 
 
 def warpgroups(format: str, out: int, K: int, assignments: int, experts: int) -> Tuning:
-    """As `grouped`, of products by warpgroups."""
+    """As `grouped`, of products by warpgroups: tiles that hold most experts' tokens."""
     t = lookup("warpgroups", format, out, K)
     mean = max(1, assignments // experts)
-    return dataclasses.replace(t, tokens=min(t.tokens, max(16, power_of_two(mean))))
+    return dataclasses.replace(t, tokens=min(t.tokens, max(16, power_of_two(4 * mean // 3))))
 
 
-def matrix_warpgroups(out: int, matrices: int, spans: int) -> Tuning:
-    """Of products by warpgroups with `matrices` of [out, spans · …]: enough programs to fill a device, by cutting the
-    input into parts."""
-    warps, parts = 16, 1
-    while -(-out // (16 * warps)) * matrices * parts < 100 and spans % (2 * parts) == 0 and spans // parts > 4:
+def matrix_warpgroups(N: int, out: int, matrices: int, spans: int) -> Tuning:
+    """Of products by warpgroups, of N rows of activations with `matrices` of [out, spans · …]: enough programs to fill a
+    device, by cutting the input into parts."""
+    large = out * matrices * spans >= 1 << 17
+    warps, programs = (8, 200) if N > 64 else (16, 100) if large else (4, 200)
+    parts = 1
+    while -(-out // (16 * warps)) * matrices * parts < programs and spans % (2 * parts) == 0 and spans // parts > 4:
         parts *= 2
     return Tuning(warps=warps, stages=1, parts=parts, ahead=1)
 
 
-def by_integers(format: str, tokens: int, assignments: int, experts: int) -> bool:
-    """Whether experts go by integer tensor cores, where a format can."""
+def by_integers(format: str, tokens: int, assignments: int, experts: int, warpgroups: bool) -> bool:
+    """Whether experts go by integer tensor cores, where a format can. warpgroups: whether these could multiply them."""
     if format == "Q2_K" and 1 < tokens <= 8:  # a row at a time, dp4a takes 28 µs of 4 tokens, these 33
         return False
-    return assignments <= experts * INTEGERS_UP_TO
+    return assignments <= experts * (INTEGERS_BEFORE_WARPGROUPS if warpgroups else INTEGERS_UP_TO)
 
 
 def by_bytes(format: str, assignments: int, experts: int) -> bool:

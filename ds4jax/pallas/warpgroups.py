@@ -3,7 +3,7 @@
 Four warps multiply 64 rows of weights, which each thread decodes to the registers from which the tensor cores read
 (`wgmma`, PTX ISA), with up to 128 rows of activations, which lie in shared memory and came there ahead of time. No
 decoded weight is ever stored. Which thread holds which element is written down, and any order of the columns serves as
-long as both operands have the same: activations are written once in the order in which the threads decode (`halves`).
+long as both operands have the same: activations are written once in the order in which the threads decode (`_panels`).
 
 A *span* is a block of 256 elements of a row (of Q8_0 128), of which each of the four threads that share a row has a
 quarter; its codes come to shared memory a span ahead. A *turn* is a panel of 64 columns: sixteen elements of either of a
@@ -16,6 +16,7 @@ by expert and cut into tiles as in `matrix`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +29,7 @@ from jax.experimental import pallas as pl
 from ds4jax.pallas import decode, integers, matvec, tuned
 from ds4jax.pallas import lowering as lo
 from ds4jax.pallas.experts import Stack, activation, by_width, combine, schedule_apart
-from ds4jax.pallas.fragments import halves
+from ds4jax.pallas.fragments import row_scale
 
 Array = jax.Array
 
@@ -147,15 +148,56 @@ def _order(format: Format, K: int) -> np.ndarray:
 
 
 def _panels(x: Array, format: Format, source: Array) -> tuple[Array, Array]:
-    """Rows `source` [N] of x [rows, K] as `lo.Panels` takes them, N a multiple of 8; and what undoes their scale."""
-    order, N = _order(format, x.shape[1]), source.shape[0]
-    line = lo.LINE // 4
+    """Rows `source` [N] of x [rows, K] as `lo.Panels` takes them, N a multiple of 8: words of float16, each row times a
+    power of two that brings its largest below 2^15; and float32 [N], what undoes that and the weights' shift: NaN for a
+    row that holds NaN or infinity."""
+    (_, K), N = x.shape, source.shape[0]
+    fours, held = _fours(format)
+    of_span, count = len(fours), K // 16  # a thread has 16 elements at a time: two chunks of a panel
+    warps = min(16, lo.power_of_two(max(1, count // 32)))
+    lanes = 32 * warps
 
-    def place(n, pair):
-        panel = lax.div(pair, np.int32(line))
-        return panel, n, lo.panel_word(n, lax.rem(pair, np.int32(line)))
+    def kernel(x_ref, source_ref, fours_ref, words_ref, undo_ref):
+        n, lane = pl.program_id(0), jnp.arange(lanes, dtype=jnp.int32)
+        own = source_ref[n] + jnp.zeros((lanes,), jnp.int32)
+        its, x = [], []
+        for first in range(0, count, lanes):
+            unit = jnp.minimum(first + lane, count - 1)
+            span, at = lax.div(unit, np.int32(of_span)), lax.rem(unit, np.int32(of_span))
+            quads = [lo.load(fours_ref, (4 * at + t,)) + format.span * span for t in range(4)]
+            its.append((first + lane, span, at))
+            x.append([[lo.halves_of_word(w) for w in lo.raw_words(x_ref, (own, q), 2)] for q in quads])
+        flat = [v for unit in x for quad in unit for word in quad for v in word]
+        bits = functools.reduce(jnp.maximum, [lax.bitcast_convert_type(v, jnp.int32) & 0x7FFFFFFF for v in flat])
+        factor, undo = row_scale(jnp.max(bits), format.shift)
+        lo.store(undo_ref, (n + jnp.zeros((1,), jnp.int32),), undo[None])
+        for (unit, span, at), quads in zip(its, x, strict=True):
+            panel = format.turns * span + (at >> 2)
+            for w, two in enumerate(held):
+                pairs = [[word[e] * factor for word in quad for e in range(2)] for quad in quads]
+                chunk = lo.panel_chunk(n, 2 * (at & 3) + w)
+                words = [lo.half_pair(*(four[e] for e in two)) for four in pairs]
+                lo.store4(words_ref, (panel, n + jnp.zeros_like(at), 4 * chunk), words, unit < count)
 
-    return halves(x, order, format.shift, source, (len(order) // lo.PANEL, N, line), place)
+    shapes = [
+        jax.ShapeDtypeStruct((K // lo.PANEL, N, lo.LINE // 4), jnp.int32),
+        jax.ShapeDtypeStruct((N,), jnp.float32),
+    ]
+    return lo.call(
+        kernel, shapes, x, source, jnp.asarray(fours.reshape(-1)), grid=(N,),
+        tuning=lo.Tuning(warps=warps, stages=1), name="panels",
+    )  # fmt: skip
+
+
+def _fours(format: Format) -> tuple[np.ndarray, list[tuple[int, int]]]:
+    """For each 16 columns of a span's panels: the first of four neighbours of each thread's, int32 [16 a panel … , 4];
+    and which of the four the first and the second chunk have of each, the same for all."""
+    columns = format.columns.transpose(1, 2, 0).reshape(-1, 4, 4)  # turn and product, place, thread
+    first = columns.min(axis=1)
+    within = columns - first[:, None]
+    assert (within == within[:1, :, :1]).all() and (first % 4 == 0).all()
+    order = [int(i) for i in within[0, :, 0]]
+    return first.astype(np.int32), [tuple(order[:2]), tuple(order[2:])]
 
 
 # ---- the loop --------------------------------------------------------------------------------------------------------
@@ -231,7 +273,9 @@ class _Codes:
             def words(i, first, n):
                 (refs, row), (name, size, place) = self.rows[h], self.format.pieces[i]
                 if at is None:
-                    return _plain_words(refs[name], row, place(jnp.minimum(span, self.last), self.t), first, n)
+                    at_ = place(jnp.minimum(span, self.last), self.t) + 4 // refs[name].dtype.itemsize * first
+                    words = lo.raw_words(refs[name], (row, jnp.broadcast_to(at_, row.shape)), n)
+                    return [lax.bitcast_convert_type(w, jnp.uint32) for w in words]
                 return lo.read_shared(at[size], behind[h, i] + 4 * first, n)
 
             return words
@@ -248,15 +292,6 @@ class _Codes:
             return [of_row[i] for i in range(4) for of_row in four], scales, offsets
 
         return half
-
-
-def _plain_words(ref: Any, row: Array, place: Array, first: int, n: int) -> list[Array]:
-    """Words first … first + n - 1 behind an entry of `row`, where kernels are interpreted."""
-    entries = 4 // ref.dtype.itemsize
-    index = jnp.broadcast_to(place, row.shape)[:, None] + jnp.arange(entries * first, entries * (first + n))
-    x = ref[row[:, None], index].reshape(*row.shape, n, entries)
-    words = lax.bitcast_convert_type(x if entries > 1 else x[..., 0], jnp.uint32)
-    return [words[:, i] for i in range(n)]
 
 
 def _products(
@@ -285,8 +320,9 @@ def _products(
             panels.wait(turn)
             sums = panels.multiply(turn, 0, *weights, sums)
             panels.done(turn)
-            panels.fetch(turn)
-            sums = panels.multiply(turn, 1, *halves(1), sums)
+            weights = halves(1)
+            panels.fetch(turn)  # a branch: an assembler does not put off what comes before it until products are done
+            sums = panels.multiply(turn, 1, *weights, sums)
         return sums, later
 
     zeros = [jnp.zeros(threads.t.shape, jnp.float32)] * (width // 2)
@@ -308,6 +344,11 @@ class _Memory:
         for_panels, for_codes = lo.Panels.size(width), _Codes.size(format, 32 * warps, ahead)
         base = lo.aligned(lo.given_at_launch(warps, for_panels + for_codes + ALIGNED), ALIGNED)
         return cls(base, base + for_panels)
+
+    @staticmethod
+    def holds(format: Format, warps: int, width: int, ahead: int) -> bool:
+        size = lo.Panels.size(width) + _Codes.size(format, 32 * warps, ahead) + ALIGNED
+        return size <= lo.GIVEN
 
 
 def serves(format: str, K: int, dtype: Any) -> bool:
@@ -335,12 +376,13 @@ def matmul(
         raise NotImplementedError(f"no warpgroups' products of {N} rows of {x.dtype} and {format}, rows of {K}")
     its = FORMATS[format]
     spans = K // its.span
-    tuning = tuning or tuned.matrix_warpgroups(out, G, spans)
+    tuning = tuning or tuned.matrix_warpgroups(N, out, G, spans)
     W, cut = tuning.warps, tuning.parts
     if spans % cut:
         raise NotImplementedError(f"{spans} spans are not {cut} equal parts")
     tiles = -(-N // MOST)
-    M = -(-N // (LEAST * tiles)) * LEAST
+    while not _Memory.holds(its, W, M := -(-N // (LEAST * tiles)) * LEAST, tuning.ahead):
+        tiles += 1
     of_matrix, along = tiles * M, -(-out // (lo.WARP_ROWS * W))
     source = np.arange(G)[:, None] + G * np.minimum(np.arange(of_matrix), N - 1)
     words, undo = _panels(x.reshape(N * G, K), its, jnp.asarray(source.reshape(-1).astype(np.int32)))
@@ -360,12 +402,13 @@ def matmul(
             _Memory.of(its, W, M, tuning.ahead), None, tuning.ahead,
         )  # fmt: skip
         for c in range(M // 8):
+            column = 8 * c + 2 * threads.t
+            backs = lo.early(undo_ref, (first + column,), 2)
             for e in range(2):
-                column = 8 * c + 2 * threads.t + e
-                back, n = lo.load(undo_ref, (first + column,)), tile * M + column
+                n = tile * M + column + e
                 for h in range(2):
-                    inside = (n < N) & (row + 8 * h < out)
-                    lo.store(out_ref, ((part * N + n) * G + g, row + 8 * h), sums[4 * c + 2 * h + e] * back, mask=inside)
+                    y, inside = sums[4 * c + 2 * h + e] * backs[e], (n < N) & (row + 8 * h < out)
+                    lo.store(out_ref, ((part * N + n) * G + g, row + 8 * h), y, mask=inside)
 
     y = lo.call(
         kernel, jax.ShapeDtypeStruct((cut * N * G, out), jnp.float32 if cut > 1 else out_dtype), words, undo,
@@ -385,7 +428,8 @@ def _grouped(
 ) -> Array:  # fmt: skip
     """Every assignment's products with its expert's rows of one or two `stacks`: [T·k, out] of `dtype`.
 
-    x: [rows, K]; an assignment n has row source(n). finish(numbers of `more` [threads], *products [threads]).
+    x: [rows, K]; an assignment n has row source(n). more: a number of each assignment. finish(its numbers [threads],
+    *products [threads]) → [threads].
     """
     K, N, first = x.shape[1], ids.size, stacks[0]
     experts, out = first.count, first.out
@@ -395,11 +439,14 @@ def _grouped(
             raise NotImplementedError(f"no warpgroups' products of {formats}, rows of {K}, with {x.dtype}")
     tuning = tuning or tuned.warpgroups(first.format, out, K, N, experts)
     format, W, M = FORMATS[first.format], tuning.warps, tuning.tokens
+    while not _Memory.holds(format, W, M, tuning.ahead):
+        M //= 2
     spans, of_warp = K // format.span, lo.WARP_ROWS // len(stacks)
     rows = of_warp * W
     along = -(-out // rows)
     plan = schedule_apart(ids, experts, M, APART)
     words, undo = _panels(x, format, source(plan.order))
+    more = [its[plan.order] for its in more]  # by place
     book = [] if first.codebook is None else [jnp.asarray(integers.table(first.codebook))]
     packed = [p for stack in stacks for p in matvec.flat_parts(stack.parts)[1]]
 
@@ -425,13 +472,13 @@ def _grouped(
                 tuning.ahead,
             )  # fmt: skip
             for c in range(width // 8):
+                column = 8 * c + 2 * threads.t
+                ns, backs, *numbers = (lo.early(ref, (start + column,), 2) for ref in (order_ref, undo_ref, *more_refs))
                 for e in range(2):
-                    column = 8 * c + 2 * threads.t + e
-                    n, back = (lo.load(ref, (start + column,)) for ref in (order_ref, undo_ref))
-                    numbers = [lo.load(ref, (n,)) for ref in more_refs]
-                    y = [sums[4 * c + 2 * h + e] * back for h in range(2)]
+                    y = [sums[4 * c + 2 * h + e] * backs[e] for h in range(2)]
                     for r, its in ((at[0], y),) if len(stacks) == 2 else zip(at, ([v] for v in y), strict=True):
-                        lo.store(out_ref, (n, r), finish(numbers, *its), mask=(column < used) & (r < out))
+                        y_ = finish([of_two[e] for of_two in numbers], *its)
+                        lo.store(out_ref, (ns[e], r), y_, mask=(column + e < used) & (r < out))
 
         by_width(max(LEAST, M // 2), M, used, run)
 

@@ -25,7 +25,7 @@ from jax import lax
 
 from ds4jax.errors import DS4Error
 from ds4jax.pallas import experts as few
-from ds4jax.pallas import integers, lowering, matrix, tuned
+from ds4jax.pallas import integers, lowering, matrix, tuned, warpgroups
 from ds4jax.quant import api
 from ds4jax.quant.array import QuantizedArray
 from ds4jax.quant.decode import dequantize
@@ -359,10 +359,16 @@ def _stack(w: QuantizedArray) -> few.Stack:
     return few.Stack(w.parts, w.format, codebook(w.format))
 
 
+def _by_warpgroups(x: jax.Array, *stacks: QuantizedArray) -> bool:
+    """Whether warpgroups' products serve the call."""
+    return len({w.format for w in stacks}) == 1 and warpgroups.serves(stacks[0].format, x.shape[-1], x.dtype)
+
+
 def _by_integers(x: jax.Array, ids: jax.Array, *stacks: QuantizedArray) -> bool:
     """Whether integer tensor cores serve the call and are the fastest."""
-    served = len({w.format for w in stacks}) == 1 and integers.serves(stacks[0].format, x.dtype)
-    return served and tuned.by_integers(stacks[0].format, x.shape[0], ids.size, stacks[0].shape[0])
+    if len({w.format for w in stacks}) > 1 or not integers.serves(stacks[0].format, x.dtype):
+        return False
+    return tuned.by_integers(stacks[0].format, len(x), ids.size, stacks[0].shape[0], _by_warpgroups(x, *stacks))
 
 
 def _for_integers(x: jax.Array, ids: jax.Array, stack: QuantizedArray) -> jax.Array:
@@ -380,7 +386,10 @@ def _kernel_swiglu(x, gate, up, ids, weights, limit):
         return integers.swiglu(x, _stack(gate), _stack(up), _for_integers(x, ids, gate), weights, limit)
     if x.shape[0] <= few.MAX_TOKENS:
         return few.swiglu(x, _stack(gate), _stack(up), ids, weights, limit)
-    run = few.grouped_swiglu if _by_bytes(gate, ids) else matrix.grouped_swiglu
+    if _by_bytes(gate, ids):
+        run = few.grouped_swiglu
+    else:
+        run = warpgroups.swiglu if _by_warpgroups(x, gate, up) else matrix.grouped_swiglu
     return run(x, _stack(gate), _stack(up), _existing(ids, gate), weights, limit)
 
 
@@ -397,7 +406,10 @@ def _kernel_down(h, down, ids):
         return integers.down(h, _stack(down), _for_integers(h, ids, down))
     if h.shape[0] <= few.MAX_TOKENS:
         return few.down(h, _stack(down), ids)
-    run = few.grouped_down if _by_bytes(down, ids) else matrix.grouped_down
+    if _by_bytes(down, ids):
+        run = few.grouped_down
+    else:
+        run = warpgroups.down if _by_warpgroups(h, down) else matrix.grouped_down
     return run(h, _stack(down), _existing(ids, down))
 
 

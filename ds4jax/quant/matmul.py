@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 
 from ds4jax.errors import DS4Error
-from ds4jax.pallas import direct, expand, fragments, lowering, matrix, matvec, tuned
+from ds4jax.pallas import direct, expand, fragments, lowering, matrix, matvec, tuned, warpgroups
 from ds4jax.quant import api
 from ds4jax.quant.array import QuantizedArray
 from ds4jax.quant.decode import dequantize, grid, iq4_values
@@ -203,11 +203,18 @@ def _direct_bwd(out_dtypes, args, g):
 _direct.defvjp(lambda *args: (_direct(*args), args[:2]), _direct_bwd)
 
 
+def _by_warpgroups(x: jax.Array, w: QuantizedArray) -> bool:
+    """Whether warpgroups' products serve the call; they take matrices in Q8_0 alone, others being rare."""
+    return w.format == "Q8_0" and warpgroups.serves(w.format, x.shape[-1], x.dtype)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _kernel(x: jax.Array, w: QuantizedArray, out_dtype: Any) -> jax.Array:
     # x as in `_packed`
     if x.shape[0] <= matvec.MAX_ROWS:
         return matvec.matvec(x, w.parts, w.format, out_dtype, codebook(w.format))
+    if x.shape[0] >= tuned.WARPGROUPS_FROM and _by_warpgroups(x, w):
+        return warpgroups.matmul(x, w.parts, w.format, out_dtype)
     with contextlib.suppress(NotImplementedError):
         return fragments.matmul(x, w.parts, w.format, out_dtype, codebook(w.format))
     return matrix.matmul(x, w.parts, w.format, out_dtype, codebook(w.format))
@@ -252,7 +259,7 @@ def _pallas(x: jax.Array, w: Any, out_dtype: Any) -> jax.Array:
         raise NotImplementedError("no rows")
     flat = x.reshape(rows, *x.shape[len(lead) :])
     product = _kernel
-    if tuned.expands(w.format, rows):
+    if tuned.expands(w.format, rows, _by_warpgroups(x, w)):
         product = _packed if w.format in tuned.EXPANDED_BY_XLA else _expanded
     y = product(flat, w, out_dtype)
     return y.reshape(*lead, *y.shape[1:])
