@@ -266,14 +266,15 @@ def kernels(text):
     return [name for name in ("integers_swiglu_iq2_xxs", "integers_down_q2_k") if name in text]
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 8, 9, 16])
-def test_what_goes_to_integer_tensor_cores(tokens):
+@pytest.mark.parametrize("tokens, capability", [(1, 9.0), (2, 9.0), (8, 9.0), (9, 8.0), (16, 8.0)])
+def test_what_goes_to_integer_tensor_cores(on_device, tokens, capability):
+    on_device(capability)
     names = kernels(layer(("IQ2_XXS", "IQ2_XXS", "Q2_K"), tokens))
     assert names == ["integers_swiglu_iq2_xxs", "integers_down_q2_k"][: 1 if 1 < tokens <= 8 else 2]
 
 
 def test_what_does_not_go_to_integer_tensor_cores():
-    assert not kernels(layer(("IQ2_XXS", "IQ2_XXS", "Q2_K"), 17))  # 102 assignments for 4 experts
+    assert not kernels(layer(("IQ2_XXS", "IQ2_XXS", "Q2_K"), 9))  # 54 assignments for 4 experts
     assert not kernels(layer(("IQ2_XXS", "IQ2_XXS", "Q2_K"), 5, jnp.float32))
     assert kernels(layer(("IQ2_XXS", "Q2_K", "Q2_K"), 9, experts=8)) == ["integers_down_q2_k"]
 
