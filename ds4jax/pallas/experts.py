@@ -184,8 +184,8 @@ def schedule_plain(ids: Array, experts: int, M: int) -> Schedule:
 
 
 def schedule_apart(ids: Array, experts: int, M: int, apart: int) -> Schedule:
-    """`schedule` with every tile's first place a multiple of `apart`, which divides M: some places of `order` are not in
-    use."""
+    """`schedule` with every tile's first place a multiple of `apart`, which divides M: some places of `order` are in no
+    tile."""
     return _plain(ids, experts, M, apart)
 
 
@@ -269,10 +269,13 @@ def _schedule(ids: Array, experts: int, M: int) -> Schedule:
 
 def by_width(least: int, most: int, count: Array, body: Callable[[int], None]) -> None:
     """body(width) for the power of two from `least` to `most` that holds `count`; nothing where that is 0."""
-    below = 0
-    for width in (least << i for i in range((most // least).bit_length())):
+    by_widths([least << i for i in range((most // least).bit_length())], count, body)
+
+
+def by_widths(widths: list[int], count: Array, body: Callable[[int], None]) -> None:
+    """body(width) for the first of the ascending `widths` that holds `count`; nothing where that is 0."""
+    for below, width in zip([0, *widths], widths, strict=False):
         pl.when((count > below) & (count <= width))(lambda width=width: body(width))
-        below = width
 
 
 def _grouped(

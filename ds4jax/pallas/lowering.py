@@ -843,13 +843,14 @@ class Panels:
     """Rows of float16, of which all of a program's warps multiply 64 columns a turn, a panel, with weights that each
     thread decodes: Hopper's `wgmma` reads the panel from shared memory, and the weights from registers.
 
-    The first warp lets panels come (`cp.async.bulk`), two turns before they are wanted. A turn is `wait`, `multiply` by
-    its first half, `done` and `fetch`, and `multiply` by its second. Before the first turn there is `prepare`, after the
-    last `settle`.
+    The first thread lets panels come (`cp.async.bulk`), two turns before they are wanted. A turn is `wait`, `multiply`
+    by its first half, `done`, `fetch`, and `multiply` by its second. Before the first turn there is `prepare`, after
+    the last `settle`.
 
-    ref: int32 [panels, rows, 32], words of two float16, as `panel_chunk` has them. first, width: which rows, 8 to 256, a
-    multiple of 8 from a multiple of 8 on. begin, turns: the first panel, and how many. base: int32 [threads], a multiple
-    of 1,024, of `size` bytes of shared memory, or None where kernels are interpreted.
+    ref: int32 [panels, rows, 32], words of two float16, as `panel_chunk` has them. first, width: which rows, 8 to 256,
+    a multiple of 8 from a multiple of 8 on. begin, turns: the first panel, and how many. base: int32 [threads], a
+    multiple of 1,024, of `size` bytes of shared memory, or None where kernels are interpreted. slots: for panels, of
+    two turns to come, of this one, and, where there are four, of the one before, with which not all warps are done.
     """
 
     ref: Any
@@ -859,19 +860,18 @@ class Panels:
     turns: int
     base: Array | None
     threads: int
+    slots: int
 
-    SLOTS = 4  # for panels: of two turns to come, of this one, and of the one before, with which not all warps are done
-
-    @classmethod
-    def size(cls, width: int) -> int:
-        return cls.SLOTS * LINE * width + 16 * cls.SLOTS
+    @staticmethod
+    def size(width: int, slots: int) -> int:
+        return slots * LINE * width + 16 * slots
 
     def _slot(self, turn: Array) -> Array:
-        return lax.rem(jnp.asarray(turn, jnp.int32), np.int32(self.SLOTS))
+        return lax.rem(jnp.asarray(turn, jnp.int32), np.int32(self.slots))
 
     def _barriers(self, turn: Array) -> Array:
         """Where the barrier is that says that a turn's panel is there; 8 bytes behind it, that nobody needs it more."""
-        return self.base + (self.SLOTS * LINE * self.width + 16 * self._slot(turn))
+        return self.base + (self.slots * LINE * self.width + 16 * self._slot(turn))
 
     def prepare(self) -> None:
         if interpreting():
@@ -879,12 +879,12 @@ class Panels:
         init = "".join(
             f"@p mbarrier.init.shared::cta.b64 [$1 + {16 * i}], 1;"
             f"@p mbarrier.init.shared::cta.b64 [$1 + {16 * i + 8}], {self.threads // 32};"
-            for i in range(self.SLOTS)
+            for i in range(self.slots)
         )
         code = f"""{{ .reg .b32 t; .reg .pred p; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; {init}
             fence.proxy.async.shared::cta; bar.sync 0; mov.b32 $0, 0; }}"""
         ordered(code, [self._barriers(jnp.int32(0))])
-        for turn in range(min(self.turns, self.SLOTS)):
+        for turn in range(min(self.turns, self.slots)):
             self._let_come(jnp.int32(turn), jnp.bool_(True), False)
 
     def _let_come(self, turn: Array, on: Array, again: bool) -> None:
@@ -897,7 +897,7 @@ class Panels:
             out: mov.b32 $0, 0; }}"""
         slot, same = self._slot(turn), jnp.zeros((self.threads,), jnp.int32)
         # the phase that ends when nobody needs what was in the slot
-        phase = (lax.div(jnp.asarray(turn, jnp.int32), np.int32(self.SLOTS)) - 1) & 1
+        phase = (lax.div(jnp.asarray(turn, jnp.int32), np.int32(self.slots)) - 1) & 1
         panel = jnp.minimum(self.begin + turn, self.ref.shape[0] - 1)
         ordered(code, [
             self.base + LINE * self.width * slot, self._barriers(turn),
@@ -905,11 +905,11 @@ class Panels:
         ])  # fmt: skip
 
     def fetch(self, turn: Array) -> None:
-        """After `done` of a turn: let the panel come that takes the place of the turn before the one before."""
-        if interpreting() or self.turns <= self.SLOTS:
+        """After `done` of a turn: let the panel of the turn after next come."""
+        if interpreting() or self.turns <= self.slots:
             return
-        later = turn + (self.SLOTS - 2)
-        self._let_come(later, (later >= self.SLOTS) & (later < self.turns), True)
+        later = turn + 2
+        self._let_come(later, (later >= self.slots) & (later < self.turns), True)
 
     def done(self, turn: Array) -> None:
         """After the first `multiply` of a turn: the warp's products of the turn before are done."""
@@ -918,13 +918,13 @@ class Panels:
         code = """{ .reg .b32 t; .reg .pred p; mov.u32 t, %tid.x; and.b32 t, t, 31; setp.eq.u32 p, t, 0;
             setp.gt.and.s32 p, $2, 0, p; @p mbarrier.arrive.shared::cta.b64 _, [$1 + 8]; mov.b32 $0, 0; }"""
         turn = jnp.asarray(turn, jnp.int32)
-        ordered(code, [self._barriers(turn + (self.SLOTS - 1)), turn + jnp.zeros((self.threads,), jnp.int32)])
+        ordered(code, [self._barriers(turn + (self.slots - 1)), turn + jnp.zeros((self.threads,), jnp.int32)])
 
     def wait(self, turn: Array) -> None:
         """For a turn's panel."""
         if interpreting():
             return
-        phase = lax.div(jnp.asarray(turn, jnp.int32), np.int32(self.SLOTS)) & 1
+        phase = lax.div(jnp.asarray(turn, jnp.int32), np.int32(self.slots)) & 1
         code = """{ .reg .pred p;
             again: mbarrier.try_wait.parity.shared::cta.b64 p, [$1], $2; @p bra there; bra again; there:
             mov.b32 $0, 0; }"""

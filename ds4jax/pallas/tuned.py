@@ -110,7 +110,7 @@ def fragments(N: int, out: int, matrices: int, steps: int) -> Tuning:
 
 
 def expands(format: str, rows: int, warpgroups: bool) -> bool:
-    """Whether a weight is expanded once for so many rows of activations. warpgroups: whether these could multiply it."""
+    """Whether a weight is expanded once for so many rows of activations. warpgroups: whether they could take it."""
     return rows >= (EXPAND_Q8_0_FROM if format == "Q8_0" and not warpgroups else EXPAND_FROM)
 
 
@@ -123,18 +123,18 @@ def grouped(format: str, out: int, K: int, assignments: int, experts: int) -> Tu
 
 
 def warpgroups(format: str, out: int, K: int, assignments: int, experts: int) -> Tuning:
-    """As `grouped`, of products by warpgroups: tiles that hold most experts' tokens."""
+    """As `grouped`, of products by warpgroups: tiles that hold most experts' tokens, and where they are short, smaller
+    programs, two of which fit side by side: of 2,048 tokens' IQ2_XXS 1.57 ms instead of 1.76."""
     t = lookup("warpgroups", format, out, K)
-    mean = max(1, assignments // experts)
-    return dataclasses.replace(t, tokens=min(t.tokens, max(16, power_of_two(4 * mean // 3))))
+    tokens = min(t.tokens, max(16, power_of_two(4 * max(1, assignments // experts) // 3)))
+    return dataclasses.replace(t, tokens=tokens, warps=t.warps if tokens > 64 else min(t.warps, 8))
 
 
 def matrix_warpgroups(N: int, out: int, matrices: int, spans: int) -> Tuning:
-    """Of products by warpgroups, of N rows of activations with `matrices` of [out, spans · …]: enough programs to fill a
-    device, by cutting the input into parts."""
+    """For products by warpgroups of N rows of activations with `matrices` of [out, spans · …]: enough programs to fill
+    a device, by cutting the input into parts."""
     large = out * matrices * spans >= 1 << 17
-    warps, programs = (8, 200) if N > 64 else (16, 100) if large else (4, 200)
-    parts = 1
+    warps, programs, parts = 16 if large else 4 if N <= 64 else 8, 100 if large else 200, 1
     while -(-out // (16 * warps)) * matrices * parts < programs and spans % (2 * parts) == 0 and spans // parts > 4:
         parts *= 2
     return Tuning(warps=warps, stages=1, parts=parts, ahead=1)

@@ -6,11 +6,11 @@ decoded weight is ever stored. Which thread holds which element is written down,
 long as both operands have the same: activations are written once in the order in which the threads decode (`_panels`).
 
 A *span* is a block of 256 elements of a row (of Q8_0 128), of which each of the four threads that share a row has a
-quarter; its codes come to shared memory a span ahead. A *turn* is a panel of 64 columns: sixteen elements of either of a
-thread's rows.
+quarter; its codes come to shared memory a span ahead. A *turn* is a panel of 64 columns: sixteen elements of either of
+a thread's rows.
 
-Both operands are float16, as in `fragments`. One loop serves one matrix and routed experts, whose assignments are sorted
-by expert and cut into tiles as in `matrix`.
+Both operands are float16, as in `fragments`. One loop serves one matrix and routed experts, whose assignments are
+sorted by expert and cut into tiles as in `matrix`.
 """
 
 from __future__ import annotations
@@ -28,13 +28,16 @@ from jax.experimental import pallas as pl
 
 from ds4jax.pallas import decode, integers, matvec, tuned
 from ds4jax.pallas import lowering as lo
-from ds4jax.pallas.experts import Stack, activation, by_width, combine, schedule_apart
+from ds4jax.pallas.experts import Stack, activation, by_widths, combine, schedule_apart
 from ds4jax.pallas.fragments import row_scale
 
 Array = jax.Array
 
 LEAST, MOST = 8, 128  # rows of activations that are multiplied at once
 COPIES = 32  # of a codebook's table
+# Weights are multiplied by a power of two, so that float16 holds small scales in full; those beyond ±1023 are infinite,
+# of Q2_K (whose codes are read as tiny numbers, and scales must undo that) beyond ±12.
+SHIFT, SHIFT_Q2_K = 6, -2
 ALIGNED = 1024  # bytes, of panels in shared memory
 APART = 8  # a tile's first row is a multiple of it
 
@@ -53,8 +56,8 @@ class Format:
     entry of what is loaded a span ahead, float16.
 
     words(turn, read, scalars, t, table): a function that gives the first and the last 8 of the turn's 16 elements, 4
-    words of two float16; and a scale and an offset (or None), pairs of float16 in a word: elements times the one plus the
-    other are the weights. read(i, first, n): words first … first + n - 1 of the i-th piece.
+    words of two float16; and a scale and an offset (or None), pairs of float16 in a word: elements times the one plus
+    the other are the weights. read(i, first, n): words first … first + n - 1 of the i-th piece.
     """
 
     shift: int
@@ -96,15 +99,15 @@ def _iq2_xxs(turn: int, read: Read, scalars: list[Array], t: Array, table: Any) 
         return table.halves(codes, signs, 2 * (turn & 1) + half)
 
     (signs,) = read(1, turn >> 1, 1)
-    return words, _both(scalars[0] * np.float32(0.125 * 2.0**6) * _small(integers.doubled_scale(signs))), None
+    return words, _both(scalars[0] * np.float32(0.125 * 2.0**SHIFT) * _small(integers.doubled_scale(signs))), None
 
 
 def _q2_k(turn: int, read: Read, scalars: list[Array], t: Array, table: None) -> Words:
     (scale,) = read(1, turn >> 1, 1)
     scale = scale >> (16 * (turn & 1) + 8 * (t & 1)).astype(jnp.uint32)
     # bits 8 and 9 of a float16 that is otherwise 0 are 2^-16 a unit
-    factor = _both(scalars[0] * np.float32(2.0 ** (16 - 2)) * _small(scale & np.uint32(15)))
-    least = _both(scalars[1] * np.float32(-(2.0**-2)) * _small(scale >> np.uint32(4) & np.uint32(15)))
+    factor = _both(scalars[0] * np.float32(2.0 ** (16 + SHIFT_Q2_K)) * _small(scale & np.uint32(15)))
+    least = _both(scalars[1] * np.float32(-(2.0**SHIFT_Q2_K)) * _small(scale >> np.uint32(4) & np.uint32(15)))
 
     def words(half):
         both = [(word << np.uint32(8 - 2 * turn), word >> np.uint32(2 * turn)) for word in read(0, 2 * half, 2)]
@@ -114,7 +117,7 @@ def _q2_k(turn: int, read: Read, scalars: list[Array], t: Array, table: None) ->
 
 
 def _q8_0(turn: int, read: Read, scalars: list[Array], t: Array, table: None) -> Words:
-    scale = _both(scalars[turn] * np.float32(2.0**6))
+    scale = _both(scalars[turn] * np.float32(2.0**SHIFT))
     return lambda half: [p for word in read(turn, 2 * half, 2) for p in lo.halves_of_bytes(word)], scale, None
 
 
@@ -122,18 +125,18 @@ _t, _r, _i = np.ogrid[:4, :4, :16]
 _block = lambda block, t: block  # noqa: E731
 FORMATS = {
     "IQ2_XXS": Format(
-        6, 32 * (2 * _t + (_r >> 1)) + 16 * (_r & 1) + _i,
+        SHIFT, 32 * (2 * _t + (_r >> 1)) + 16 * (_r & 1) + _i,
         (("codes", 8, lambda block, t: 8 * block + 2 * t), ("signs", 8, lambda block, t: 8 * block + 2 * t)),
         (("d", _block),), _iq2_xxs,
     ),
     # thread t has the t-th (chunk, half) of a block; of a word the bytes 0, 2, 1, 3
     "Q2_K": Format(
-        -2, 16 * (8 * (_t >> 1) + 2 * _r + (_t & 1)) + 4 * (_i >> 2) + np.asarray([0, 2, 1, 3])[_i & 3],
+        SHIFT_Q2_K, 16 * (8 * (_t >> 1) + 2 * _r + (_t & 1)) + 4 * (_i >> 2) + np.asarray([0, 2, 1, 3])[_i & 3],
         (("codes", 16, lambda block, t: 16 * block + 4 * t), ("scales", 8, lambda block, t: 16 * block + 8 * (t >> 1))),
         (("d", _block), ("dmin", _block)), _q2_k,
     ),
     "Q8_0": Format(
-        6, 64 * _r[:, :2] + 16 * _t + _i,
+        SHIFT, 64 * _r[:, :2] + 16 * _t + _i,
         tuple(("codes", 16, lambda span, t, r=r: 128 * span + 64 * r + 16 * t) for r in range(2)),
         tuple(("d", lambda span, t, r=r: 4 * span + 2 * r + (t >> 1)) for r in range(2)), _q8_0,
     ),
@@ -302,7 +305,9 @@ def _products(
     `begin + spans - 1`: float32 [threads] as `Panels.multiply` has them."""
     codes = _Codes(format, rows, last, threads.t, ahead, memory.codes)
     turns = format.turns
-    panels = lo.Panels(words_ref, first, width, turns * begin, turns * spans, memory.panels, threads.t.shape[0])
+    panels = lo.Panels(
+        words_ref, first, width, turns * begin, turns * spans, memory.panels, threads.t.shape[0], memory.slots
+    )
     panels.prepare()
     for i in range(ahead):
         codes.fetch(begin + i, jnp.bool_(i < spans))
@@ -332,23 +337,26 @@ def _products(
 
 @dataclasses.dataclass(frozen=True)
 class _Memory:
-    """Shared memory of a program: where panels and codes are."""
+    """Shared memory of a program: where panels and codes are, and how many panels there is room for."""
 
     panels: Array | None
     codes: Array | None
+    slots: int
 
     @classmethod
     def of(cls, format: Format, warps: int, width: int, ahead: int) -> _Memory:
+        slots = cls.room(format, warps, width, ahead)
         if lo.interpreting():
-            return cls(None, None)
-        for_panels, for_codes = lo.Panels.size(width), _Codes.size(format, 32 * warps, ahead)
+            return cls(None, None, slots)
+        for_panels, for_codes = lo.Panels.size(width, slots), _Codes.size(format, 32 * warps, ahead)
         base = lo.aligned(lo.given_at_launch(warps, for_panels + for_codes + ALIGNED), ALIGNED)
-        return cls(base, base + for_panels)
+        return cls(base, base + for_panels, slots)
 
     @staticmethod
-    def holds(format: Format, warps: int, width: int, ahead: int) -> bool:
-        size = lo.Panels.size(width) + _Codes.size(format, 32 * warps, ahead) + ALIGNED
-        return size <= lo.GIVEN
+    def room(format: Format, warps: int, width: int, ahead: int) -> int:
+        """For 4 or 3 panels beside the codes, or 0."""
+        left = lo.GIVEN - ALIGNED - _Codes.size(format, 32 * warps, ahead)
+        return next((n for n in (4, 3) if lo.Panels.size(width, n) <= left), 0)
 
 
 def serves(format: str, K: int, dtype: Any) -> bool:
@@ -381,7 +389,7 @@ def matmul(
     if spans % cut:
         raise NotImplementedError(f"{spans} spans are not {cut} equal parts")
     tiles = -(-N // MOST)
-    while not _Memory.holds(its, W, M := -(-N // (LEAST * tiles)) * LEAST, tuning.ahead):
+    while not _Memory.room(its, W, M := -(-N // (LEAST * tiles)) * LEAST, tuning.ahead):
         tiles += 1
     of_matrix, along = tiles * M, -(-out // (lo.WARP_ROWS * W))
     source = np.arange(G)[:, None] + G * np.minimum(np.arange(of_matrix), N - 1)
@@ -439,7 +447,7 @@ def _grouped(
             raise NotImplementedError(f"no warpgroups' products of {formats}, rows of {K}, with {x.dtype}")
     tuning = tuning or tuned.warpgroups(first.format, out, K, N, experts)
     format, W, M = FORMATS[first.format], tuning.warps, tuning.tokens
-    while not _Memory.holds(format, W, M, tuning.ahead):
+    while not _Memory.room(format, W, M, tuning.ahead):
         M //= 2
     spans, of_warp = K // format.span, lo.WARP_ROWS // len(stacks)
     rows = of_warp * W
@@ -480,7 +488,7 @@ def _grouped(
                         y_ = finish([of_two[e] for of_two in numbers], *its)
                         lo.store(out_ref, (ns[e], r), y_, mask=(column + e < used) & (r < out))
 
-        by_width(max(LEAST, M // 2), M, used, run)
+        by_widths([w for w in (M // 2, 3 * M // 4, M) if w % LEAST == 0], used, run)
 
     return lo.call(
         kernel, jax.ShapeDtypeStruct((N, out), dtype), *more, *plan, words, undo, *book, *packed,

@@ -15,7 +15,7 @@ def rng(request):
 
 @pytest.fixture
 def on_device(monkeypatch):
-    """Sets the compute capability of the device that kernels are lowered for; what was traced for another is forgotten."""
+    """Sets the compute capability of the device that kernels are lowered for; forgets what was traced for another."""
 
     def set_capability(capability):
         monkeypatch.setattr(lowering, "capability", lambda: capability)

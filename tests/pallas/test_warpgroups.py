@@ -174,12 +174,10 @@ def test_tiles_that_stand_apart(rng, tokens, which, M, apart):
     assert ((plan.order >= 0) & (plan.order < ids.size)).all()
 
 
-def test_more_than_shared_memory_holds():
-    """A format with many bytes a weight has smaller tiles, or fewer spans ahead."""
-    q8 = warpgroups.FORMATS["Q8_0"]
-    assert not warpgroups._Memory.holds(q8, 16, 128, 1) and warpgroups._Memory.holds(q8, 16, 64, 1)
-    for name in ("IQ2_XXS", "Q2_K"):
-        assert warpgroups._Memory.holds(warpgroups.FORMATS[name], 16, 128, 1)
+def test_what_shared_memory_holds(monkeypatch):
+    room = warpgroups._Memory.room
+    assert [room(warpgroups.FORMATS[name], 16, 128, 1) for name in ("IQ2_XXS", "Q2_K", "Q8_0")] == [4, 4, 3]
+    assert room(warpgroups.FORMATS["Q8_0"], 16, 128, 2) == 0 and room(warpgroups.FORMATS["Q8_0"], 8, 128, 2) == 4
 
 
 # ---- the choice ------------------------------------------------------------------------------------------------------
