@@ -8,11 +8,11 @@ can go by byte products or on tensor cores, up to which number of assignments an
 
 Routed experts of IQ2_XXS and Q2_K: a few tokens are `integers_few` (of Q2_K a single one, others are `down`), short
 runs of IQ2_XXS `integers_runs`, other batches `integers`, and those of more than `tuned.INTEGERS_UP_TO` assignments an
-expert `grouped`, as the dispatch has it.
+expert `grouped`, or on Hopper, of more than `tuned.INTEGERS_BEFORE_WARPGROUPS`, `warpgroups`, as the dispatch has it.
 
-usage: python scripts/tune_kernels.py [--ops matvec,swiglu,down,bytes,dense,grouped,integers_few,integers_runs,integers]
-                                      [--formats Q8_0,…] [--quick] [--out ds4jax/pallas/tuned.json] [--budget 600]
-                                      [--threads 16]
+usage: python scripts/tune_kernels.py [--ops matvec,swiglu,down,bytes,dense,grouped,integers_few,integers_runs,integers,
+                                      warpgroups] [--formats Q8_0,…] [--quick] [--out ds4jax/pallas/tuned.json]
+                                      [--budget 600] [--threads 16]
 """
 
 from __future__ import annotations
@@ -34,18 +34,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from ds4jax import quant
-from ds4jax.pallas import decode, experts, integers, lowering, matrix, matvec, tuned
+from ds4jax.pallas import decode, experts, integers, lowering, matrix, matvec, tuned, warpgroups
 from ds4jax.quant.matmul import codebook
 from ds4jax.runtime import bench
 
 E, F, D, k = 256, 2048, 4096, 6  # Flash
 LIMIT = 10.0
 CHECKED = 64  # tokens whose results are compared
-KERNELS = ("matvec_", "swiglu_", "down_", "bytes_", "matmul_", "grouped_", "integers_")  # names; others are overhead
+# names of kernels; others are overhead
+KERNELS = ("matvec_", "swiglu_", "down_", "bytes_", "matmul_", "grouped_", "integers_", "warpgroups_")
 
 # (operation, format, shape, tokens); those of the published q2 file first
 GATE, DOWN = ("IQ2_XXS", (E, F, D)), ("Q2_K", (E, D, F))
 PUBLISHED = [
+    *(("warpgroups", *case, 4096) for case in (GATE, DOWN)),
     *(("grouped", *case, tokens) for tokens in (2048, 4096) for case in (GATE, DOWN)),
     *(("integers_few", *case, 1) for case in (GATE, DOWN)), ("down", *DOWN, 4), ("integers_runs", *GATE, 64),
     ("integers", *GATE, 256), *(("integers", *DOWN, tokens) for tokens in (64, 256)),
@@ -61,7 +63,7 @@ OTHERS = [
     *(("grouped", f, (E, F, D), 2048) for f in ("Q4_K", "MXFP4")),
 ]
 
-OPERATIONS = "matvec,swiglu,down,bytes,dense,grouped,integers_few,integers_runs,integers"
+OPERATIONS = "matvec,swiglu,down,bytes,dense,grouped,integers_few,integers_runs,integers,warpgroups"
 
 Case = tuple[str, str, tuple[int, ...], int]
 
@@ -83,6 +85,8 @@ def variants(case: Case, quick: bool) -> list[lowering.Tuning]:
             shapes = shapes[:1]
         lengths = (64, 128) if tokens * k > 64 * E else (64,)
         return [T(r, s // unit, w, n, m, a) for (r, w, s), (n, a), m in itertools.product(shapes, how, lengths)]
+    if op == "warpgroups":
+        return [T(warps=w, stages=1, tokens=m, ahead=a) for w, m, a in itertools.product((8, 16), (64, 128), (1, 2))]
     if op.startswith("integers"):
         tokens = {"integers_few": (1,), "integers_runs": (2, 4), "integers": (4, 8, 16)}[op]
         parts = (2, 4, 8) if op == "integers_few" else (1,) if quick else (1, 2)
@@ -124,7 +128,7 @@ def operation(case: Case) -> tuple[Any, Any]:
     count = 8 if tokens == 1 else 2
     picks = [np.stack([rng.choice(E, k, replace=False) for _ in range(tokens)]).astype(np.int32) for _ in range(count)]
     stacks = lambda n: [bench.random_weight(i, format, shape) for i in jax.random.split(key, n)]  # noqa: E731
-    module = integers if op.startswith("integers") else matrix if op == "grouped" else experts
+    module = {"grouped": matrix, "warpgroups": warpgroups}.get(op, integers if op.startswith("integers") else experts)
     grouped = op in ("bytes", "grouped")
     if shape[1] == F:
         kernel = module.grouped_swiglu if grouped else module.swiglu
