@@ -368,10 +368,10 @@ def serves(format: str, K: int, dtype: Any) -> bool:
 # ---- one matrix ------------------------------------------------------------------------------------------------------
 
 
-def matmul(
-    x: Array, parts: dict[str, Array], format: str, out_dtype: Any, codebook: np.ndarray | None = None,
-    tuning: lo.Tuning | None = None,
-) -> Array:  # fmt: skip
+MATRICES = ("Q8_0",)  # formats of single matrices in published files, of which these kernels know
+
+
+def matmul(x: Array, parts: dict[str, Array], format: str, out_dtype: Any, tuning: lo.Tuning | None = None) -> Array:
     """`x[N, in] · w[out, in]ᵀ → [N, out]`, or `x[N, G, in] · w[G, out, in]ᵀ → [N, G, out]`; bfloat16 x.
 
     Each row of x has a range of its own: what is below 2^-30 of its largest is lost. NotImplementedError where these
@@ -380,7 +380,7 @@ def matmul(
     stacked = x.ndim == 3
     N, K = x.shape[0], x.shape[-1]
     G, out = (x.shape[1] if stacked else 1), parts["codes"].shape[-2]
-    if not serves(format, K, x.dtype) or codebook is not None:
+    if format not in MATRICES or not serves(format, K, x.dtype):
         raise NotImplementedError(f"no warpgroups' products of {N} rows of {x.dtype} and {format}, rows of {K}")
     its = FORMATS[format]
     spans = K // its.span

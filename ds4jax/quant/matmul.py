@@ -204,8 +204,8 @@ _direct.defvjp(lambda *args: (_direct(*args), args[:2]), _direct_bwd)
 
 
 def _by_warpgroups(x: jax.Array, w: QuantizedArray) -> bool:
-    """Whether warpgroups' products serve the call; they take matrices in Q8_0 alone, others being rare."""
-    return w.format == "Q8_0" and warpgroups.serves(w.format, x.shape[-1], x.dtype)
+    """Whether warpgroups' products serve the call."""
+    return w.format in warpgroups.MATRICES and warpgroups.serves(w.format, x.shape[-1], x.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
