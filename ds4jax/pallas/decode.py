@@ -105,7 +105,8 @@ def half(bits: Array) -> Array:
     return lax.bitcast_convert_type(bits, jnp.float16).astype(jnp.float32)
 
 
-def _f(x: Array) -> Array:
+def number(x: Array) -> Array:
+    """Small integers as float32."""
     return x.astype(jnp.int32).astype(jnp.float32)
 
 
@@ -142,7 +143,7 @@ def _q2_k(t: Tile, u: Array) -> Iterator[Run]:
     for s in range(4):
         at = 8 * chunk + 2 * s + half
         both = t.code("scales", at)
-        yield Run(at, _field(words, 2 * s, 0x03030303), d * _f(both & 15), -dmin * _f(both >> 4))
+        yield Run(at, _field(words, 2 * s, 0x03030303), d * number(both & 15), -dmin * number(both >> 4))
 
 
 def _q3_k(t: Tile, u: Array) -> Iterator[Run]:
@@ -154,7 +155,7 @@ def _q3_k(t: Tile, u: Array) -> Iterator[Run]:
         at = 8 * chunk + 2 * s + half
         low = t.code("scales", at >> 1) >> (4 * half)[:, None]
         top = t.code("scales_hi", at >> 2) >> (2 * (at & 3))[:, None]
-        scale = d * _f(((low & 15) | ((top & 3) << 4)) - 32)
+        scale = d * number(((low & 15) | ((top & 3) << 4)) - 32)
         third = _field(high, first + np.uint32(s), 0x01010101)
         codes = _field(words, 2 * s, 0x03030303) | third << np.uint32(2)
         yield Run(at, codes, scale, -4.0 * scale)
@@ -165,7 +166,7 @@ def _q4_scales(t: Tile, u: Array) -> Iterator[tuple[Array, Array]]:
     high = t.code("scales_hi", u)
     for s in range(2):
         low, top = t.code("scales", 2 * u + s), high >> 4 * s
-        yield _f((low & 15) | ((top & 3) << 4)), _f((low >> 4) | ((top & 12) << 2))
+        yield number((low & 15) | ((top & 3) << 4)), number((low >> 4) | ((top & 12) << 2))
 
 
 def _q4_k(t: Tile, u: Array) -> Iterator[Run]:
@@ -194,7 +195,7 @@ def _q6_k(t: Tile, u: Array) -> Iterator[Run]:
     first = _shift(2 * (quarter >> 1))
     for s in range(2):
         at = 8 * chunk + 4 * s + quarter
-        scale = d * _f(t.part("scales", at))
+        scale = d * number(t.part("scales", at))
         top = _field(high, first + np.uint32(4 * s), 0x03030303)
         codes = _field(words, 4 * s, 0x0F0F0F0F) | top << np.uint32(4)
         yield Run(at, codes, scale, -32.0 * scale)
@@ -249,7 +250,7 @@ def _iq4_nl(t: Tile, u: Array, values: np.ndarray) -> Iterator[Run]:
 def _iq4_xs(t: Tile, u: Array, values: np.ndarray) -> Iterator[Run]:
     low = t.code("scales", u >> 1) >> (4 * (u & 1))[:, None]
     high = t.code("scales_hi", u >> 3) >> (2 * (u & 7))[:, None]
-    scale = t.half("d", u >> 3) * _f(((low & 15) | ((high & 3) << 4)) - 32)
+    scale = t.half("d", u >> 3) * number(((low & 15) | ((high & 3) << 4)) - 32)
     yield from _nibble_runs(t, u, _words(values), scale)
 
 
@@ -349,7 +350,7 @@ def _index7(w: Array, i: int) -> Array:
 
 def _iq2_xxs(t: Tile, u: Array, grid: np.ndarray) -> Iterator[Run]:
     codes, packed = t.part("codes", u), t.part("signs", u)
-    scale = t.half("d", u >> 3) * (_f(packed >> np.uint32(28)) + 0.5) * 0.25
+    scale = t.half("d", u >> 3) * (number(packed >> np.uint32(28)) + 0.5) * 0.25
     for r in range(2):
         words = [w for e in (2 * r, 2 * r + 1) for w in _signed8(t, _byte(codes, e), _index7(packed, e), grid)]
         yield Run(2 * u + r, words, scale)
@@ -363,7 +364,7 @@ def _iq2_xs(t: Tile, u: Array, grid: np.ndarray) -> Iterator[Run]:
         for e in (2 * r, 2 * r + 1):
             code = t.code("codes", 4 * u + e).astype(jnp.uint32)
             words += _signed8(t, code & np.uint32(511), code >> np.uint32(9), grid)
-        yield Run(2 * u + r, words, d * (_f((both >> 4 * r) & 15) + 0.5))
+        yield Run(2 * u + r, words, d * (number((both >> 4 * r) & 15) + 0.5))
 
 
 def _iq2_s(t: Tile, u: Array, grid: np.ndarray) -> Iterator[Run]:
@@ -375,12 +376,12 @@ def _iq2_s(t: Tile, u: Array, grid: np.ndarray) -> Iterator[Run]:
         for e in (2 * r, 2 * r + 1):
             index = _byte(codes, e) | ((high >> np.uint32(2 * e)) & np.uint32(3)) << np.uint32(8)
             words += _signed8(t, index, _byte(signs, e), grid)
-        yield Run(2 * u + r, words, d * (_f((both >> 4 * r) & 15) + 0.5))
+        yield Run(2 * u + r, words, d * (number((both >> 4 * r) & 15) + 0.5))
 
 
 def _iq3_xxs(t: Tile, u: Array, grid: np.ndarray) -> Iterator[Run]:
     packed = t.part("signs", u)
-    scale = t.half("d", u >> 3) * (_f(packed >> np.uint32(28)) + 0.5) * 0.5
+    scale = t.half("d", u >> 3) * (number(packed >> np.uint32(28)) + 0.5) * 0.5
     for r in range(2):
         codes = t.part("codes", 2 * u + r)
         words: list[Array] = []
@@ -392,7 +393,7 @@ def _iq3_xxs(t: Tile, u: Array, grid: np.ndarray) -> Iterator[Run]:
 
 def _iq3_s(t: Tile, u: Array, grid: np.ndarray) -> Iterator[Run]:
     four = (t.code("scales", u >> 1) >> (4 * (u & 1))[:, None]) & 15
-    scale = t.half("d", u >> 3) * (1.0 + 2.0 * _f(four))
+    scale = t.half("d", u >> 3) * (1.0 + 2.0 * number(four))
     signs, high = t.part("signs", u), t.code("codes_hi", u).astype(jnp.uint32)
     for r in range(2):
         codes = t.part("codes", 2 * u + r)

@@ -87,6 +87,20 @@ def activation(gate: Array, up: Array, weight: Any, limit: float) -> Array:
     return weight * (gate * lo.sigmoid(gate)) * jnp.minimum(jnp.maximum(up, -limit), limit)
 
 
+def activated(
+    products: Callable[..., Array], x: Array, gate: Stack, up: Stack, ids: Array, weights: Array, limit: float,
+    tuning: lo.Tuning | None,
+) -> Array:  # fmt: skip
+    """`quant.expert_swiglu` by a module's `products`, whose `finish` takes numbers of assignments [threads]."""
+    k = ids.shape[1]
+
+    def finish(numbers, gate, up):
+        return activation(gate, up, numbers[0], limit)
+
+    h = products("swiglu", x, [gate, up], ids, [weights.reshape(-1)], x.dtype, tuning, lambda n: n // k, finish)
+    return h.reshape(*ids.shape, gate.out)
+
+
 def combine(y: Array, T: int, dtype: Any) -> Array:
     """The sum over each token's experts, y [T·k, D] → [T, D] of `dtype`.
 
@@ -178,18 +192,9 @@ def schedule(ids: Array, experts: int, M: int) -> Schedule:
     return (_schedule if ids.size <= SCHEDULED else schedule_plain)(ids, experts, M)
 
 
-def schedule_plain(ids: Array, experts: int, M: int) -> Schedule:
-    """`schedule` in plain JAX, some 14 launches."""
-    return _plain(ids, experts, M, 1)
-
-
-def schedule_apart(ids: Array, experts: int, M: int, apart: int) -> Schedule:
-    """`schedule` with every tile's first place a multiple of `apart`, which divides M: some places of `order` are in no
-    tile."""
-    return _plain(ids, experts, M, apart)
-
-
-def _plain(ids: Array, experts: int, M: int, apart: int) -> Schedule:
+def schedule_plain(ids: Array, experts: int, M: int, apart: int = 1) -> Schedule:
+    """`schedule` in plain JAX, some 14 launches. Every tile's first place is a multiple of `apart`, which divides M: of
+    more than 1, some places of `order` are in no tile."""
     flat = ids.reshape(-1)
     N = flat.shape[0]
     order = jnp.argsort(flat).astype(jnp.int32)

@@ -31,7 +31,7 @@ from jax.experimental import pallas as pl
 
 from ds4jax.pallas import activations, decode, matvec, tuned
 from ds4jax.pallas import lowering as lo
-from ds4jax.pallas.experts import MAX_TOKENS, Stack, activation, by_width, combine, schedule
+from ds4jax.pallas.experts import MAX_TOKENS, Stack, activated, by_width, combine, schedule
 
 Array = jax.Array
 
@@ -728,13 +728,7 @@ def swiglu(
     x: Array, gate: Stack, up: Stack, ids: Array, weights: Array, limit: float, tuning: lo.Tuning | None = None
 ) -> Array:
     """`quant.expert_swiglu`: bfloat16 x[T, D], ids and weights [T, k] → h[T, k, F]."""
-    k = ids.shape[1]
-
-    def finish(numbers, gate, up):
-        return activation(gate, up, numbers[0], limit)
-
-    h = _experts("swiglu", x, [gate, up], ids, [weights.reshape(-1)], x.dtype, tuning, lambda n: n // k, finish)
-    return h.reshape(*ids.shape, gate.out)
+    return activated(_experts, x, gate, up, ids, weights, limit, tuning)
 
 
 def down(h: Array, stack: Stack, ids: Array, tuning: lo.Tuning | None = None) -> Array:

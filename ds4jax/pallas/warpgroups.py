@@ -28,7 +28,7 @@ from jax.experimental import pallas as pl
 
 from ds4jax.pallas import decode, integers, matvec, tuned
 from ds4jax.pallas import lowering as lo
-from ds4jax.pallas.experts import Stack, activation, by_widths, combine, schedule_apart
+from ds4jax.pallas.experts import Stack, activated, by_widths, combine, schedule_plain
 from ds4jax.pallas.fragments import row_scale
 
 Array = jax.Array
@@ -86,10 +86,6 @@ def _both(x: Array) -> Array:
     return lo.half_pair(x, x)
 
 
-def _small(x: Array) -> Array:
-    return x.astype(jnp.int32).astype(jnp.float32)
-
-
 Words = tuple[Callable[[int], list[Array]], Array, Array | None]
 
 
@@ -99,15 +95,19 @@ def _iq2_xxs(turn: int, read: Read, scalars: list[Array], t: Array, table: Any) 
         return table.halves(codes, signs, 2 * (turn & 1) + half)
 
     (signs,) = read(1, turn >> 1, 1)
-    return words, _both(scalars[0] * np.float32(0.125 * 2.0**SHIFT) * _small(integers.doubled_scale(signs))), None
+    return (
+        words,
+        _both(scalars[0] * np.float32(0.125 * 2.0**SHIFT) * decode.number(integers.doubled_scale(signs))),
+        None,
+    )
 
 
 def _q2_k(turn: int, read: Read, scalars: list[Array], t: Array, table: None) -> Words:
     (scale,) = read(1, turn >> 1, 1)
     scale = scale >> (16 * (turn & 1) + 8 * (t & 1)).astype(jnp.uint32)
     # bits 8 and 9 of a float16 that is otherwise 0 are 2^-16 a unit
-    factor = _both(scalars[0] * np.float32(2.0 ** (16 + SHIFT_Q2_K)) * _small(scale & np.uint32(15)))
-    least = _both(scalars[1] * np.float32(-(2.0**SHIFT_Q2_K)) * _small(scale >> np.uint32(4) & np.uint32(15)))
+    factor = _both(scalars[0] * np.float32(2.0 ** (16 + SHIFT_Q2_K)) * decode.number(scale & np.uint32(15)))
+    least = _both(scalars[1] * np.float32(-(2.0**SHIFT_Q2_K)) * decode.number(scale >> np.uint32(4) & np.uint32(15)))
 
     def words(half):
         both = [(word << np.uint32(8 - 2 * turn), word >> np.uint32(2 * turn)) for word in read(0, 2 * half, 2)]
@@ -452,7 +452,7 @@ def _grouped(
     spans, of_warp = K // format.span, lo.WARP_ROWS // len(stacks)
     rows = of_warp * W
     along = -(-out // rows)
-    plan = schedule_apart(ids, experts, M, APART)
+    plan = schedule_plain(ids, experts, M, APART)
     words, undo = _panels(x, format, source(plan.order))
     more = [its[plan.order] for its in more]  # by place
     book = [] if first.codebook is None else [jnp.asarray(integers.table(first.codebook))]
@@ -500,13 +500,7 @@ def swiglu(
     x: Array, gate: Stack, up: Stack, ids: Array, weights: Array, limit: float, tuning: lo.Tuning | None = None
 ) -> Array:
     """`quant.expert_swiglu` for many tokens: bfloat16 x[T, D], ids and weights [T, k] → h[T, k, F]."""
-    k = ids.shape[1]
-
-    def finish(numbers, gate, up):
-        return activation(gate, up, numbers[0], limit)
-
-    h = _grouped("swiglu", x, [gate, up], ids, [weights.reshape(-1)], x.dtype, tuning, lambda n: n // k, finish)
-    return h.reshape(*ids.shape, gate.out)
+    return activated(_grouped, x, gate, up, ids, weights, limit, tuning)
 
 
 def down(h: Array, stack: Stack, ids: Array, tuning: lo.Tuning | None = None) -> Array:
